@@ -1,0 +1,203 @@
+"""Where the values of a marshalled message lie: what can be told of it without a library.
+
+A bus lets valid messages through only, yet the libraries trust that more than a service should:
+garbage makes dbus-fast read through null pointers. So every message is walked here before any
+library sees it. What belongs to its header is needed before it is decoded, and also when it can't
+be: how many descriptors are its own, and who is to be told that it was refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+#: Largest message that is sent, or read as a reply: what the reference bus takes by default.
+MAX_MESSAGE = 32 * 1024 * 1024
+FIXED_HEADER = 16
+REPLY_SERIAL = 5
+SENDER = 7
+SIGNATURE = 8
+UNIX_FDS = 9
+#: How deep containers may stand in each other, in a signature and in values, as the bus has it.
+_MAX_DEPTH = 64
+_MAX_SIGNATURE = 255
+
+_SIZES = {"y": 1, "n": 2, "q": 2, "b": 4, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
+_BASIC = frozenset((*_SIZES, "s", "o", "g"))
+_HEADER_TYPES = " osssussgu"
+#: What a message of each kind must have: path, interface, member, error name, reply serial.
+_REQUIRED = {1: {1, 3}, 2: {5}, 3: {4, 5}, 4: {1, 2, 3}}
+#: A complete type: its letter, and for a container the types within.
+_Type = tuple[str, tuple[Any, ...]]
+
+
+class LayoutError(ValueError):
+    """A message whose bytes are not what its signatures and lengths say."""
+
+
+class _Walker:
+    """A place in a message. Every step checks that what it steps over is there."""
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) < FIXED_HEADER or data[0] not in b"lB":
+            raise LayoutError("not the head of a message")
+        self.data = data
+        self.order = "<" if data[0] == ord("l") else ">"
+        self.at = 0
+
+    def align(self, size: int) -> None:
+        self.skip(-self.at & (size - 1))
+
+    def skip(self, size: int) -> int:
+        """Step over some bytes; gives where they began."""
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise LayoutError("a value goes beyond the end")
+        return start
+
+    def number(self) -> int:
+        """Step over an u and give its value."""
+        self.align(4)
+        (value,) = struct.unpack_from(self.order + "I", self.data, self.skip(4))
+        return int(value)
+
+    def text(self, size: int) -> str:
+        """Step over so many bytes of text and the NUL behind them."""
+        start = self.skip(size + 1)
+        return self.data[start : start + size].decode("utf-8", "replace")
+
+    def signature(self) -> str:
+        return self.text(self.data[self.skip(1)])
+
+    def variant(self) -> _Type:
+        """Step over a variant's signature, of one complete type, and give that."""
+        kinds = _types_of(self.signature())
+        if len(kinds) != 1:
+            raise LayoutError("a variant that is not of one type")
+        return kinds[0]
+
+    def value(self, kind: _Type, depth: int = 0) -> None:
+        """Step over one value."""
+        letter, inner = kind
+        size = _SIZES.get(letter)
+        if size is not None:
+            self.align(size)
+            self.skip(size)
+        elif letter in "so":
+            self.skip(self.number() + 1)
+        elif letter == "g":
+            _types_of(self.signature())
+        elif depth == _MAX_DEPTH:
+            raise LayoutError("containers stand too deep in each other")
+        elif letter == "v":
+            self.value(self.variant(), depth + 1)
+        elif letter == "a":
+            self._array(inner[0], depth)
+        else:
+            self.align(8)
+            for each in inner:
+                self.value(each, depth + 1)
+
+    def _array(self, element: _Type, depth: int) -> None:
+        length = self.number()
+        size = _SIZES.get(element[0])
+        self.align(8 if element[0] in "({" else size or 1)
+        if size is not None and length % size == 0:
+            self.skip(length)
+            return
+        end = self.at + length
+        while self.at < end:
+            self.value(element, depth + 1)
+        if self.at != end:
+            raise LayoutError("an array that ends within an element")
+
+    def header(self) -> Iterator[tuple[int, Any]]:
+        """Step over the header, giving its fields that are known, and their codes."""
+        self.at = FIXED_HEADER - 4
+        end = self.number() + FIXED_HEADER
+        while self.at < end:
+            self.align(8)
+            code = self.data[self.skip(1)]
+            kind = self.variant()
+            start = self.at
+            self.value(kind)
+            if 0 < code < len(_HEADER_TYPES):
+                after, self.at = self.at, start
+                yield code, self._field(kind[0], _HEADER_TYPES[code])
+                self.at = after
+        if self.at != end:
+            raise LayoutError("a header that ends within a field")
+
+    def _field(self, letter: str, right: str) -> Any:
+        if letter != right:
+            raise LayoutError("a header field of the wrong type")
+        if letter == "g":
+            return self.signature()
+        number = self.number()
+        return number if letter == "u" else self.text(number)
+
+
+def header_fields(data: bytes) -> dict[int, Any]:
+    """The header fields by their code, as far as they can be understood; the serial as 0."""
+    fields: dict[int, Any] = {}
+    try:
+        walker = _Walker(data)
+        walker.at = 8
+        fields[0] = walker.number()
+        fields.update(walker.header())
+    except LayoutError:
+        pass
+    return fields
+
+
+def check(data: bytes) -> None:
+    """Walk one whole message. Raises LayoutError unless everything is where it should be."""
+    walker = _Walker(data)
+    walker.at = 4
+    body = walker.number()
+    fields = dict(walker.header())
+    required = _REQUIRED.get(data[1])
+    if required is None or not required <= fields.keys():
+        raise LayoutError("a header field is missing, or the kind of message is not known")
+    walker.align(8)
+    if walker.at + body != len(data):
+        raise LayoutError("not as long as it says")
+    for kind in _types_of(fields.get(SIGNATURE, "")):
+        walker.value(kind)
+    if walker.at != len(data):
+        raise LayoutError("a body that is longer than its signature")
+
+
+@functools.lru_cache(maxsize=256)
+def _types_of(signature: str) -> tuple[_Type, ...]:
+    """The complete types of a signature. Raises LayoutError."""
+    if len(signature) > _MAX_SIGNATURE:
+        raise LayoutError("a signature that is too long")
+    letters = iter(signature)
+    return tuple(_type(letter, letters, 0) for letter in letters)
+
+
+def _type(letter: str, rest: Iterator[str], depth: int) -> _Type:
+    if letter in _BASIC or letter == "v":
+        return letter, ()
+    if depth == _MAX_DEPTH:
+        raise LayoutError("containers stand too deep in each other")
+    if letter == "a":
+        element = next(rest, "")
+        if element == "{":
+            return "a", (("{", _entry(rest, depth + 2)),)
+        return "a", (_type(element, rest, depth + 1),)
+    if letter == "(":
+        members = tuple(_type(each, rest, depth + 1) for each in iter(lambda: next(rest, ""), ")"))
+        if members:
+            return "(", members
+    raise LayoutError("a signature that is not valid")
+
+
+def _entry(rest: Iterator[str], depth: int) -> tuple[_Type, ...]:
+    key, value = next(rest, ""), _type(next(rest, ""), rest, depth)
+    if key not in _BASIC or next(rest, "") != "}":
+        raise LayoutError("a dict of something else than a basic type to one type")
+    return (key, ()), value

@@ -1,0 +1,281 @@
+"""The D-Bus library, reduced to what vmbus takes from it: a codec and the way onto a bus.
+
+This is the only module that imports dbus-next (or dbus-fast, which has the same interface and is
+used where it is installed). Everything above it sees `Message` and `Variant` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import importlib
+import importlib.util
+import io
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import layout
+from .layout import MAX_MESSAGE
+
+#: How long connecting, authenticating and Hello may take together, in seconds.
+CONNECT_TIMEOUT = 10.0
+#: Signatures that the library may remember. vmbus needs some thirty, a hostile peer has no end.
+_MAX_SIGNATURES = 256
+
+
+def _library_name() -> str:
+    chosen = os.environ.get("VMBUS_DBUS_LIBRARY")
+    if chosen in ("dbus_next", "dbus_fast"):
+        return chosen
+    return "dbus_fast" if importlib.util.find_spec("dbus_fast") else "dbus_next"
+
+
+def _import_library(name: str) -> Any:
+    # Where PyGObject is installed dbus-next would load all of GLib, for a main loop not ours.
+    loaded = sys.modules.get("gi.repository")
+    sys.modules["gi.repository"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules["gi.repository"]
+        if loaded is not None:
+            sys.modules["gi.repository"] = loaded
+
+
+LIBRARY = _library_name()
+_lib: Any = _import_library(LIBRARY)
+_aio: Any = importlib.import_module(f"{LIBRARY}.aio")
+_unmarshaller: Any = importlib.import_module(f"{LIBRARY}._private.unmarshaller")
+Variant: Any = _lib.Variant
+
+
+class _BoundedCache(dict[str, Any]):
+    """dbus-next's memory of signatures, which has no bound of its own."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if len(self) >= _MAX_SIGNATURES:
+            self.clear()
+        super().__setitem__(key, value)
+
+
+def _bound_signatures() -> Callable[[], None]:
+    """Bound what the library remembers; gives what is to be called once a message."""
+    signature: Any = importlib.import_module(f"{LIBRARY}.signature")
+    if LIBRARY == "dbus_next":
+        signature.SignatureTree._cache = _BoundedCache()
+        return lambda: None
+    remembered = signature.get_signature_tree  # up to 4096, which is 160 MB
+
+    def trim() -> None:
+        if remembered.cache_info().currsize > _MAX_SIGNATURES:
+            remembered.cache_clear()
+
+    return trim
+
+
+_trim_signatures = _bound_signatures()
+
+
+class Kind(enum.IntEnum):
+    CALL = 1
+    RETURN = 2
+    ERROR = 3
+    SIGNAL = 4
+
+
+class Flag(enum.IntFlag):
+    NO_REPLY_EXPECTED = 1
+    NO_AUTOSTART = 2
+    ALLOW_INTERACTIVE_AUTHORIZATION = 4
+
+
+class WireError(Exception):
+    """A message that can't be encoded or decoded."""
+
+
+@dataclass(slots=True)
+class Message:
+    """One D-Bus message. `fds` are open descriptors; whoever holds the message owns them."""
+
+    kind: Kind = Kind.CALL
+    destination: str | None = None
+    path: str | None = None
+    interface: str | None = None
+    member: str | None = None
+    signature: str = ""
+    body: Sequence[Any] = ()
+    flags: int = 0
+    error_name: str | None = None
+    reply_serial: int | None = None
+    sender: str | None = None
+    serial: int = 0
+    fds: Sequence[int] = ()
+
+
+def decode(frame: bytes) -> Message:
+    """Decode one whole message, without its descriptors. Raises WireError."""
+    try:
+        layout.check(frame)
+        _trim_signatures()
+        raw = _unmarshaller.Unmarshaller(io.BytesIO(frame)).unmarshall()
+    except Exception as error:
+        raise WireError(f"{type(error).__name__}: {error}") from error
+    if raw is None:
+        raise WireError("the message is shorter than it says")
+    return Message(
+        kind=Kind(raw.message_type.value),
+        destination=raw.destination,
+        path=raw.path,
+        interface=raw.interface,
+        member=raw.member,
+        signature=raw.signature,
+        body=raw.body,
+        flags=int(raw.flags.value),
+        error_name=raw.error_name,
+        reply_serial=raw.reply_serial,
+        sender=raw.sender,
+        serial=raw.serial,
+    )
+
+
+def encode(message: Message) -> bytes:
+    """Encode a message. Raises WireError for what a bus would disconnect us for."""
+    _check_text(message.body)
+    try:
+        raw = _library_message(message)
+        raw.signature_tree.verify(raw.body)
+        data = bytes(raw._marshall(negotiate_unix_fd=True))
+    except Exception as error:
+        raise WireError(f"{type(error).__name__}: {error}") from error
+    return _checked_size(data)
+
+
+def encode_with_body(message: Message, body: bytes) -> bytes:
+    """Encode a message whose body is marshalled already; its own body gives the types only."""
+    data = encode(message)
+    (old_size,) = struct.unpack_from("<I", data, 4)
+    head = bytearray(data[: len(data) - old_size])
+    struct.pack_into("<I", head, 4, len(body))
+    return _checked_size(bytes(head) + body)
+
+
+def encode_body(signature: str, body: Sequence[Any]) -> bytes:
+    """Marshal values as they would stand in a message of that signature. Raises WireError."""
+    message = Message(kind=Kind.RETURN, reply_serial=1, signature=signature, body=body, serial=1)
+    data = encode(message)
+    (size,) = struct.unpack_from("<I", data, 4)
+    return data[len(data) - size :]
+
+
+def _library_message(message: Message) -> Any:
+    return _lib.Message(
+        destination=message.destination,
+        path=message.path,
+        interface=message.interface,
+        member=message.member,
+        message_type=_lib.MessageType(int(message.kind)),
+        flags=_lib.MessageFlag(message.flags),
+        error_name=message.error_name,
+        reply_serial=message.reply_serial,
+        unix_fds=list(message.fds),
+        signature=message.signature,
+        body=list(message.body),
+        serial=message.serial,
+    )
+
+
+def _checked_size(data: bytes) -> bytes:
+    if len(data) > MAX_MESSAGE:
+        raise WireError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE}")
+    return data
+
+
+def _check_text(value: Any) -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise WireError("a string with a NUL in it")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key)
+            _check_text(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_text(item)
+    elif isinstance(value, Variant):
+        _check_text(value.value)
+
+
+class _Bus(_aio.MessageBus):  # type: ignore[misc]
+    def _setup_socket(self) -> None:
+        # dbus-next connects here, and forgets its socket when it can't.
+        try:
+            super()._setup_socket()
+        except BaseException:
+            if getattr(self, "_sock", None) is not None:
+                self._stream.close()
+                self._sock.close()
+            raise
+
+    async def _auth_readline(self) -> str:
+        # The library's own loop never ends, and never yields, when the bus hangs up here.
+        line = b""
+        while not line.endswith(b"\r\n"):
+            chunk = await self._loop.sock_recv(self._sock, 256)
+            if not chunk or len(line) > 4096:
+                raise ConnectionError("the bus hung up during authentication")
+            line += chunk
+        return line[:-2].decode("ascii", "replace")
+
+
+async def join(address: str) -> tuple[socket.socket, str]:
+    """Connect, authenticate and say Hello.
+
+    Returns the socket, from now on the caller's to read, write and close, and the unique name.
+    Raises OSError or TimeoutError when there is no bus to talk to.
+    """
+    try:
+        bus = _Bus(bus_address=address, negotiate_unix_fd=True)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await bus.connect()
+        except BaseException:
+            _abandon(bus)
+            raise
+    except TimeoutError:
+        raise TimeoutError(f"it did not answer within {CONNECT_TIMEOUT:g} s") from None
+    except OSError:
+        raise
+    except EOFError:
+        raise ConnectionError("the bus hung up") from None
+    except Exception as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(bus._fd)
+    loop.remove_writer(bus._fd)
+    # The library's objects go; the connection itself stays in our own descriptor.
+    ours = socket.socket(fileno=os.dup(bus._fd))
+    ours.setblocking(False)
+    name = str(bus.unique_name)
+    bus._stream.close()
+    bus._sock.close()
+    if not name.startswith(":"):
+        # dbus-next takes the text of an error for the name.
+        ours.close()
+        raise ConnectionError(f"the bus refused us: {name}")
+    return ours, name
+
+
+def _abandon(bus: Any) -> None:
+    sock = getattr(bus, "_sock", None)
+    if sock is None or sock.fileno() < 0:
+        return
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(sock.fileno())
+    loop.remove_writer(sock.fileno())
+    bus._stream.close()
+    sock.close()
