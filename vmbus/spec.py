@@ -1,0 +1,165 @@
+"""The config of a VM, as Create takes it: a frozen model that refuses what it doesn't know.
+
+Validation opens the files, so that a VM that was created can be started; it reports every problem
+at once and leaves nothing open behind a refusal.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+)
+
+from .errors import InvalidConfig
+from .files import FilePolicy, OpenFile
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+#: Longest kernel command line, in bytes: what x86 kernels take, less their closing NUL.
+MAX_PARAMS = 2047
+MAX_DISKS = 8
+
+
+@functools.cache
+def host_memory_mib() -> int:
+    """Physical memory of the host, in MiB."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1024 * 1024)
+
+
+@functools.cache
+def host_cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def _at_most(limit: Callable[[], int], what: str) -> AfterValidator:
+    def check(value: int) -> int:
+        if value > limit():
+            raise ValueError(f"must be at most {limit()}, {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must not have control characters in it")
+    if len(value.encode()) > MAX_PARAMS:
+        raise ValueError(f"must be at most {MAX_PARAMS} bytes long")
+    return value
+
+
+def _open_file(value: object, info: ValidationInfo) -> OpenFile:
+    files = info.context
+    assert isinstance(files, FilePolicy)
+    return files.open(value, writable=bool(info.data.get("writable", False)))
+
+
+File = Annotated[OpenFile, PlainValidator(_open_file)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+    )
+
+
+class Disk(_Model):
+    """One disk. `writable` stands before `image`, whose validation looks at it."""
+
+    writable: bool = False
+    image: File
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,20}$")] | None = None
+    direct: bool = False
+
+
+class VMConfig(_Model):
+    """Everything that one VM is made of. Memory in MiB."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    vmm: Literal["auto", "crosvm", "qemu"] = "auto"
+    kernel: File | None = None
+    initrd: File | None = None
+    bios: File | None = None
+    params: Annotated[str, AfterValidator(_printable)] = ""
+    memory_mib: Annotated[
+        int, Field(ge=16), _at_most(host_memory_mib, "the memory of this host")
+    ] = 256
+    cpus: Annotated[int, Field(ge=1), _at_most(host_cpus, "the CPUs of this host")] = 1
+    disks: Annotated[list[Disk], Field(max_length=MAX_DISKS)] = []
+    collect: Literal["manual", "on-death"] = "manual"
+
+    def files(self) -> list[OpenFile]:
+        """Every file the VM needs, in no order."""
+        single = [file for file in (self.kernel, self.initrd, self.bios) if file is not None]
+        return single + [disk.image for disk in self.disks]
+
+    def close(self) -> None:
+        """Close the files; a VM that has ended, or never will start, needs them no more."""
+        for file in self.files():
+            file.close()
+
+
+def boot_problems(raw: Mapping[str, object]) -> list[str]:
+    """What is wrong with the keys that only make sense together."""
+    problems = []
+    if "kernel" in raw and "bios" in raw:
+        problems.append("kernel, bios: only one of them can be given")
+    if "kernel" not in raw and "bios" not in raw:
+        problems.append("kernel: a kernel (or else a bios) is required")
+    if "bios" in raw and "kernel" not in raw:
+        problems += [
+            f"{key}: goes only with a kernel, not with a bios"
+            for key in ("initrd", "params")
+            if key in raw
+        ]
+    return problems
+
+
+def parse_config(raw: Mapping[str, object], files: FilePolicy) -> VMConfig:
+    """Validate a config and open its files. Raises InvalidConfig, with nothing left open."""
+    problems = boot_problems(raw)
+    try:
+        config = VMConfig.model_validate(dict(raw), context=files)
+    except ValidationError as error:
+        problems = [_problem(each) for each in error.errors(include_url=False)] + problems
+    except BaseException:
+        files.close_all()
+        raise
+    if problems:
+        files.close_all()
+        raise InvalidConfig(problems)
+    return config
+
+
+def _problem(error: Any) -> str:
+    where = ""
+    for part in error["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    where = where[:100]
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; the keys are {', '.join(_known_keys(error['loc']))}"
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    given = error.get("input")
+    if isinstance(given, (bool, int, float, str)) and error["type"] != "value_error":
+        text += f", not {_shorten(given)}"
+    return f"{where}: {text}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    model = Disk if location[0] == "disks" and len(location) > 1 else VMConfig
+    return list(model.model_fields)
+
+
+def _shorten(value: bool | int | float | str) -> str:
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return shown if len(shown) <= 60 else shown[:60] + "…"
