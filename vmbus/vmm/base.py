@@ -1,0 +1,166 @@
+"""What a driver is: how to start one kind of VMM, and what to ask of it while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..files import OpenFile
+from ..reasons import Reason
+from ..spec import VMConfig
+
+#: The control socket's name in a VM's directory of temporary files.
+CONTROL_SOCKET = "control"
+#: Seconds that a VMM has to answer one request in.
+CONTROL_TIMEOUT = 10.0
+_COPY_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a driver needs to know to start one VM.
+
+    directory: the VM's own, for temporary files. console: the VMM's end of the console, a stream
+    socket, lent for the launch. kvm: whether KVM is usable.
+    """
+
+    name: str
+    cid: int
+    config: VMConfig
+    directory: Path
+    console: int
+    kvm: bool
+
+
+class Control(Protocol):
+    """A VMM that answers. Each request raises ControlFailed, NotSupported or TimedOut."""
+
+    async def power_button(self) -> None:
+        """Press the guest's power button."""
+
+    async def quit(self) -> None:
+        """Ask the VMM to end at once, in good order."""
+
+    async def aclose(self) -> Reason | None:
+        """Let go of the VMM, which has ended, and tell what it said of its end, if it did."""
+
+
+@dataclass(slots=True)
+class Command:
+    """A VMM about to be started: its argument vector and the descriptors it inherits.
+
+    connect: waits until the VM runs and gives its control; raises ControlFailed or NotSupported,
+    and can be cancelled at any time.
+    """
+
+    argv: list[str]
+    connect: Callable[[], Awaitable[Control]]
+    inherit: list[int] = field(default_factory=list)
+    _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def pass_fd(self, fd: int) -> str:
+        """Have the VMM inherit a descriptor that somebody else closes; returns its path there."""
+        self.inherit.append(fd)
+        return f"/proc/self/fd/{fd}"
+
+    def own_fd(self, fd: int) -> int:
+        """Close a descriptor of ours when the VMM is started, or won't be."""
+        self._owned.callback(os.close, fd)
+        return fd
+
+    def close(self) -> None:
+        """Close our copies of what was made for the VMM alone."""
+        self._owned.close()
+
+
+class Driver(Protocol):
+    """One kind of VMM."""
+
+    name: str
+
+    def prepare(self, launch: Launch) -> Command:
+        """Make ready what the VMM needs. May block: runs in a worker thread. Raises OSError."""
+
+    def told_by(self, status: int, stderr: str) -> Reason | None:
+        """What this VMM says of its end by its exit code, or by the last it printed."""
+
+    def last_words(self, stderr: str) -> str:
+        """The line of its stderr that says best why it ended, or an empty string."""
+
+
+def listen(directory: Path, kind: socket.SocketKind) -> socket.socket:
+    """Bind the control socket before the VMM exists, so that connecting to it never fails."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        with _short_path(directory) as path:
+            sock.bind(path)
+        sock.listen(4)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect(directory: Path, kind: socket.SocketKind) -> socket.socket:
+    """Connect to the control socket that `listen` bound. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.setblocking(False)
+    try:
+        with _short_path(directory) as path:
+            await asyncio.get_running_loop().sock_connect(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@contextlib.contextmanager
+def _short_path(directory: Path) -> Iterator[str]:
+    """A name for the control socket that fits the kernel's 107 bytes, whatever the directory."""
+    place = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{place}/{CONTROL_SOCKET}"
+    finally:
+        os.close(place)
+
+
+def readable_again(file: OpenFile, command: Command) -> str:
+    """A path under which the VMM can open a read-only file anew.
+
+    VMMs open some files by name only. The name of an inherited descriptor does, where the service
+    may open the file itself; else the content goes into an anonymous file of our own.
+    """
+    try:
+        again = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        again = _copy(file.fd, file.size)
+    return command.pass_fd(command.own_fd(again))
+
+
+def _copy(fd: int, size: int) -> int:
+    copy = os.memfd_create("vmbus")
+    try:
+        offset = 0
+        while offset < size:
+            sent = os.sendfile(copy, fd, offset, min(_COPY_CHUNK, size - offset))
+            if sent == 0:
+                break
+            offset += sent
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
+
+
+def last_line(text: str, *, containing: str = "") -> str:
+    """The last line that isn't blank and has `containing` in it, at most 500 characters of it."""
+    for line in reversed(text.splitlines()):
+        if line.strip() and containing in line:
+            return line.strip()[:500]
+    return ""
