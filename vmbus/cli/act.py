@@ -1,0 +1,109 @@
+"""The commands that change something: create, start, stop, kill, remove; and wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import click
+
+from ..client import VM, VMBus
+from . import exits
+from .common import Options, command, connect, name_argument, names_argument, progress, say
+from .failures import EXPECTED, Failure, explain
+from .spec import config_of, config_options
+from .text import clean, print_json
+
+
+@command()
+@config_options
+@click.option("--collect", is_flag=True, help="Forget the VM when it dies.")
+async def create(options: Options, collect: bool, **config: Any) -> None:
+    """Create a VM and print its name. It is not started."""
+    async with connect(options) as bus:
+        when = "on-death" if collect else None
+        vm = await (await bus.create(collect=when, **config_of(config))).properties()
+    if options.json:
+        print_json({"id": vm.id, "name": vm.name, "cid": vm.cid, "path": vm.path})
+    else:
+        click.echo(clean(vm.name))
+
+
+@command()
+@names_argument
+async def start(options: Options, names: tuple[str, ...]) -> int:
+    """Start VMs."""
+    return await _for_each(options, names, "Starting", VM.start)
+
+
+@command()
+@names_argument
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long a guest may take before it is killed.  [default: as the service is set]",
+)
+async def stop(options: Options, names: tuple[str, ...], timeout: float | None) -> int:
+    """Stop VMs in good order."""
+    return await _for_each(options, names, "Stopping", lambda vm: vm.stop(timeout))
+
+
+@command()
+@names_argument
+async def kill(options: Options, names: tuple[str, ...]) -> int:
+    """Kill VMs at once."""
+    return await _for_each(options, names, "Killing", VM.kill)
+
+
+@command()
+@names_argument
+async def remove(options: Options, names: tuple[str, ...]) -> int:
+    """Forget VMs that are not running, with their logs."""
+    return await _for_each(options, names, "Removing", VM.remove)
+
+
+@command(epilog="\b\n" + exits.table())
+@name_argument
+async def wait(options: Options, name: str) -> int:
+    """Wait until a VM has died, and print why."""
+    async with connect(options) as bus:
+        death = await (await bus.vm(name)).wait()
+    if options.json:
+        print_json({"name": name, "reason": death.reason, "status": death.status})
+    else:
+        click.echo(clean(f"{death.reason} ({death.status})"))
+    return exits.exit_status(death.reason)
+
+
+async def _for_each(
+    options: Options, names: Sequence[str], doing: str, act: Callable[[VM], Awaitable[None]]
+) -> int:
+    """Do the same with several VMs at once, and tell of every failure."""
+    names = list(dict.fromkeys(names))
+    async with connect(options) as bus:
+        with progress(clean(f"{doing} {', '.join(names)}")):
+            results = await asyncio.gather(*(_one(options, bus, name, act) for name in names))
+    for failure in filter(None, results):
+        say(failure.line())
+    if options.json:
+        print_json([_result(*each) for each in zip(names, results, strict=True)])
+    return exits.FAILED if any(results) else 0
+
+
+async def _one(
+    options: Options, bus: VMBus, name: str, act: Callable[[VM], Awaitable[None]]
+) -> Failure | None:
+    try:
+        await act(await bus.vm(name))
+    except EXPECTED as error:
+        return explain(name, error, user=options.user)
+    return None
+
+
+def _result(name: str, failure: Failure | None) -> dict[str, Any]:
+    return {"name": name, "ok": failure is None, "error": failure and failure.reason}
+
+
+COMMANDS = (create, start, stop, kill, remove, wait)

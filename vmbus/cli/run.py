@@ -1,0 +1,168 @@
+"""The command run: a VM in the foreground, from its creation to its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import click
+
+from ..client import VM, VMBus
+from ..errors import InvalidState, StartFailed, UnknownObject
+from ..events import Changed, Death, Events
+from . import exits
+from .common import Ended, Options, command, connect, hear_signals, say
+from .console import attend, takes_keys
+from .failures import EXPECTED, explain
+from .spec import config_of, config_options
+from .text import clean
+
+#: Seconds that a VM may take to go after a failure.
+_DISCARD_TIMEOUT = 10.0
+_T = TypeVar("_T")
+
+
+@command(epilog="\b\n" + exits.table())
+@config_options
+@click.option("--collect/--keep", default=True, help="Forget the VM when it ends, or keep it.")
+async def run(options: Options, collect: bool, **config: Any) -> int:
+    """Create a VM and run it in the foreground, joined to its console.
+
+    At a terminal all keys go to the guest, and ^] leaves the VM running by itself. Otherwise
+    stdin is copied to the guest.
+
+    SIGTERM stops the VM in good order, a second one kills it; so does SIGINT.
+    """
+    async with connect(options) as bus:
+        when = "on-death" if collect else None
+        vm = await bus.create(collect=when, **config_of(config))
+        attendance = _Attendance(options, bus, vm)
+        try:
+            return await attendance.run()
+        except EXPECTED as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise explain(attendance.name, error, user=options.user) from error
+        finally:
+            if collect and not attendance.left:
+                await _discard(vm)
+
+
+class _Attendance:
+    """One VM and its console, while vmbusctl is there."""
+
+    def __init__(self, options: Options, bus: VMBus, vm: VM) -> None:
+        self.name = vm.path
+        #: Whether the user has left the VM to itself.
+        self.left = False
+        self._options = options
+        self._bus = bus
+        self._vm = vm
+        self._last_words = ""
+        self._signals = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> int:
+        """Attend the VM until it has died, or the user leaves it. Returns the exit status."""
+        self.name = (await self._vm.properties()).name
+        try:
+            async with await self._bus.events() as events:
+                self._spawn(self._listen(events))
+                with await self._vm.open_console() as console:
+                    begin = asyncio.Event()
+                    attending = self._spawn(attend(console, begin))
+                    living = self._spawn(self._live(begin, attending))
+                    hear_signals(self._on_signal)
+                    either: set[asyncio.Future[Any]] = {living, self._failed}
+                    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                    if not living.done():
+                        self._failed.result()
+                    return self._tell(await living)
+        finally:
+            await self._end_tasks()
+
+    async def _live(self, begin: asyncio.Event, attending: asyncio.Task[bool]) -> Death | None:
+        # Asked for before Start, since a VM that is collected can't be asked after its death.
+        death = self._spawn(self._vm.wait())
+        with contextlib.suppress(StartFailed):
+            await self._vm.start()
+            if takes_keys():
+                say(f"vmbusctl: {clean(self.name)}: runs; ^] leaves it running by itself")
+            begin.set()
+        if await attending:
+            self.left = True
+            return None
+        return await death
+
+    async def _listen(self, events: Events) -> None:
+        async for event in events:
+            if isinstance(event, Changed) and event.path == self._vm.path:
+                self._last_words = event.values.get("last_words", self._last_words)
+
+    def _tell(self, death: Death | None) -> int:
+        if death is None:
+            say(f'\nvmbusctl: {clean(self.name)}: left running; see "vmbusctl console"')
+            return 0
+        status = exits.exit_status(death.reason)
+        words = self._last_words if status else ""
+        if self._options.json:
+            told = {"name": self.name, "reason": death.reason, "status": death.status}
+            say(json.dumps({**told, "last_words": words}))
+        else:
+            line = f"vmbusctl: {self.name}: died: {death.reason} ({death.status})"
+            say(clean(f"{line}: {words}" if words else line))
+        return status
+
+    # Signals
+
+    def _on_signal(self, number: int) -> None:
+        """Stop the VM; the second time kill it; the third time give up on it."""
+        self._signals += 1
+        if self._signals > 2:
+            self._fail(Ended(exits.BY_SIGNAL + number))
+            return
+        self._spawn(self._end(self._vm.stop() if self._signals == 1 else self._vm.kill()))
+
+    async def _end(self, ending: Coroutine[Any, Any, None]) -> None:
+        try:
+            # It may be dead and forgotten already.
+            with contextlib.suppress(UnknownObject):
+                await ending
+        except EXPECTED as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    # Tasks
+
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        return task
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._failed.done():
+            self._failed.exception()
+
+
+async def _discard(vm: VM) -> None:
+    """Leave nothing of a VM behind, as far as that is possible."""
+    with contextlib.suppress(*EXPECTED):
+        async with asyncio.timeout(_DISCARD_TIMEOUT):
+            with contextlib.suppress(InvalidState):
+                await vm.remove()
+                return
+            await vm.kill()
+            await vm.remove()
+
+
+COMMANDS = (run,)

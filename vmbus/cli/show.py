@@ -1,0 +1,131 @@
+"""The commands that look: list, status, monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from ..events import Added, Changed, Died, Event, Removed, ServiceChanged, Snapshot
+from .common import Options, command, connect, name_argument
+from .failures import Failure
+from .text import ago, clean, moment, print_json, print_json_line, print_table, user_name
+
+_HEADER = ("ID", "NAME", "STATE", "VMM", "CID", "MEMORY", "CPUS", "USER")
+
+
+@command(name="list")
+async def list_command(options: Options) -> None:
+    """Show all VMs."""
+    async with connect(options) as bus:
+        vms = await bus.vms()
+    if options.json:
+        print_json([asdict(vm) for vm in vms])
+    else:
+        print_table(_HEADER, [_row(vm) for vm in vms], legend=options.legend)
+
+
+def _row(vm: Snapshot) -> list[str]:
+    user = user_name(vm.requester_uid)
+    numbers = (str(vm.cid), f"{vm.memory_mib}MiB", str(vm.cpus))
+    return [str(vm.id), vm.name, vm.state, vm.vmm, *numbers, user]
+
+
+@command()
+@name_argument
+async def status(options: Options, name: str) -> None:
+    """Show one VM in full."""
+    async with connect(options) as bus:
+        vm = await (await bus.vm(name)).properties()
+    if options.json:
+        print_json(asdict(vm))
+        return
+    click.echo(f"VM {vm.id}: {clean(vm.name)}")
+    lines = _details(vm)
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        click.echo(f"{label:>{width}}: {clean(value)}")
+
+
+def _details(vm: Snapshot) -> list[tuple[str, str]]:
+    since = _since(vm)
+    lines = [("State", f"{vm.state} since {moment(since)}; {ago(since)}" if since else vm.state)]
+    if vm.death_reason:
+        lines.append(("Reason", f"{vm.death_reason} (status {vm.exit_status})"))
+    if vm.last_words:
+        lines.append(("Last words", vm.last_words))
+    lines.append(("VMM", f"{vm.vmm}, pid {vm.pid}" if vm.pid else vm.vmm))
+    lines.append(("Memory", f"{vm.memory_mib} MiB"))
+    lines.append(("CPUs", str(vm.cpus)))
+    lines.append(("CID", str(vm.cid)))
+    lines.append(("Created", moment(vm.created_timestamp)))
+    if vm.started_timestamp:
+        lines.append(("Started", moment(vm.started_timestamp)))
+    label = f", label {vm.requester_sid}" if vm.requester_sid else ""
+    who = f"{user_name(vm.requester_uid)} (uid {vm.requester_uid}, pid {vm.requester_pid}{label})"
+    return [*lines, ("Requester", who), ("Object", vm.path)]
+
+
+def _since(vm: Snapshot) -> int:
+    """When the VM came into its state, 0 where nothing tells."""
+    if vm.state == "not-started":
+        return vm.created_timestamp
+    if vm.state in ("dead", "failed"):
+        return vm.died_timestamp
+    return vm.started_timestamp if vm.state == "running" else 0
+
+
+@command()
+async def monitor(options: Options) -> None:
+    """Show what happens to VMs, as it happens, until ^C."""
+    async with connect(options) as bus, await bus.events() as events:
+        names = {vm.path: vm.name for vm in await bus.vms()} if await bus.running() else {}
+        # A signal is this command's ordinary end.
+        with contextlib.suppress(asyncio.CancelledError):
+            async for event in events:
+                _show_event(event, names, as_json=options.json)
+            raise Failure("monitor", "the connection to the bus is gone")
+
+
+def _show_event(event: Event, names: dict[str, str], *, as_json: bool) -> None:
+    kind, details = _told(event, names)
+    path = getattr(event, "path", "")
+    name = names.get(path, path.rpartition("/")[2])
+    usec = time.time_ns() // 1000
+    if as_json:
+        about = {"name": name, "path": path} if path else {}
+        print_json_line({"time": usec, "event": kind, **about, **details})
+    else:
+        what = " ".join([kind, *(_pair(*each) for each in details.items())])
+        click.echo(f"{moment(usec)}  {clean(name or 'vmbus')}  {clean(what)}")
+    if isinstance(event, Removed):
+        names.pop(path, None)
+
+
+def _pair(key: str, value: Any) -> str:
+    if key.endswith("_timestamp"):
+        value = moment(value)
+    return f"{key}={json.dumps(value) if ' ' in str(value) else value}"
+
+
+def _told(event: Event, names: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    match event:
+        case Added(path, vm):
+            names[path] = vm.name
+            return "added", {"id": vm.id, "cid": vm.cid, "state": vm.state}
+        case Changed(_, values):
+            return "changed", dict(values)
+        case Died(_, cid, death):
+            return "died", {"cid": cid, "reason": death.reason, "status": death.status}
+        case Removed():
+            return "removed", {}
+        case ServiceChanged(running):
+            return "service", {"running": running}
+
+
+COMMANDS = (list_command, status, monitor)
