@@ -1,0 +1,39 @@
+# The front door. Each target first makes ready what it needs; what needs root is asked for.
+
+.PHONY: help demo test check guest format clean
+
+help:
+	@echo "make demo    watch real guests be created, started, seen on the bus and die"
+	@echo "make test    run all tests"
+	@echo "make check   run the linters and the type checker"
+	@echo "make format  format the code"
+	@echo "make guest   build the Linux guest that the demo and the tests boot"
+	@echo "make clean   remove what the others made"
+
+ready:
+	@tools/bootstrap.sh
+.PHONY: ready
+
+guest: ready
+	@tools/make-guest build/guest
+
+demo: ready guest
+	@.venv/bin/python tools/demo
+
+test: ready guest
+	.venv/bin/pytest
+
+check: ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	xmllint --noout --nonet data/dbus-1/interfaces/*.xml data/dbus-1/system.d/*.conf data/polkit-1/actions/*.policy
+	.venv/bin/python -m mesonbuild.mesonmain setup --reconfigure build/meson >build/meson.log || { cat build/meson.log; exit 1; }
+	@echo "make check: all fine"
+
+format: ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf build .venv

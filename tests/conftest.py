@@ -1,0 +1,72 @@
+"""Fixtures: a bus, a service on it, a client, and the service's log where a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import CROSVM, ROOT, Client, Rig, Service, client
+
+LIBRARIES = ("dbus_next", "dbus_fast")
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """A private session bus."""
+    rig = Rig(system=False)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(scope="module")
+def system_rig() -> Iterator[Rig]:
+    """A private system bus, with the project's own policy."""
+    rig = Rig(system=True)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(scope="module")
+def service(rig: Rig) -> Service:
+    """A vmbusd whose VMs run in the crosvm stand-in."""
+    return Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def either_service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """The same on a bus of its own, once with each of the D-Bus libraries."""
+    rig = Rig(system=False)
+    environment = {"VMBUS_DBUS_LIBRARY": str(request.param)}
+    yield Service(rig, {"crosvm": str(CROSVM), "kvm": "on"}, environment)
+    rig.close()
+
+
+@pytest.fixture
+async def bus(service: Service) -> AsyncIterator[Client]:
+    """A client that has heard every signal since the test began."""
+    async with client(service.rig) as connected:
+        await connected.listen()
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def guest_files() -> tuple[Path, Path]:
+    """The kernel and the initial RAM disk of a real Linux guest, as `make guest` builds them."""
+    files = ROOT / "build" / "guest" / "vmlinuz", ROOT / "build" / "guest" / "initrd"
+    for file in files:
+        assert file.exists(), f"{file} is missing: run `make guest`"
+    return files
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        for value in item.funcargs.values():
+            if isinstance(value, Service) and value.log.exists():
+                report.sections.append(("vmbusd's log", value.log.read_text()[-20_000:]))
+    return report

@@ -1,0 +1,41 @@
+"""The contract, read from its files by the tests themselves."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+from .rig import OBJECT_MANAGER, PROPERTIES, ROOT
+
+INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
+PEER = "org.freedesktop.DBus.Peer"
+
+
+def documented() -> dict[str, ElementTree.Element]:
+    """Each interface's element, by its name."""
+    directory = ROOT / "data" / "dbus-1" / "interfaces"
+    roots = [ElementTree.parse(file).getroot() for file in directory.glob("org.vmbus1.*.xml")]
+    return {each.attrib["name"]: each for root in roots for each in root.iterfind("interface")}
+
+
+def types_of(element: ElementTree.Element, direction: str = "in") -> str:
+    return "".join(
+        each.attrib["type"]
+        for each in element.iterfind("arg")
+        if each.get("direction", "in") == direction
+    )
+
+
+#: Every method there is: its interface, its name, and the types it takes.
+METHODS: list[tuple[str, str, str]] = [
+    (name, method.attrib["name"], types_of(method))
+    for name, interface in documented().items()
+    for method in interface.iterfind("method")
+] + [
+    (PROPERTIES, "Get", "ss"),
+    (PROPERTIES, "GetAll", "s"),
+    (PROPERTIES, "Set", "ssv"),
+    (INTROSPECTABLE, "Introspect", ""),
+    (PEER, "Ping", ""),
+    (PEER, "GetMachineId", ""),
+    (OBJECT_MANAGER, "GetManagedObjects", ""),
+]

@@ -1,0 +1,194 @@
+"""Both ends of a bus made by hand: a client that sends any bytes, and a bus of one client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmbus.bus.connection import BUS_NAME, BUS_PATH, RemoteError
+from vmbus.bus.layout import header_fields
+from vmbus.bus.stream import Frame, MessageStream
+from vmbus.bus.wire import Kind, Message, decode, join
+
+from . import frames
+from .rig import BUS, DEADLINE, Rig
+
+
+class Raw:
+    """A client of a real bus. What it sends is not looked at before the bus does."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.name = name
+        self.came: list[Message] = []
+        self.closed = asyncio.Event()
+        self._news = asyncio.Event()
+        self._serial = 1
+        self._stream = MessageStream(sock, self._take, lambda _: self.closed.set())
+
+    def _take(self, frame: Frame) -> None:
+        message = decode(frame.data)
+        message.fds = frame.fds
+        self.came.append(message)
+        self._news.set()
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        self._stream.write(data, fds)
+
+    def send_call(
+        self,
+        path: str,
+        interface: str | None,
+        member: str,
+        signature: str = "",
+        values: Sequence[Any] = (),
+        *,
+        destination: str = BUS,
+        fds: Sequence[int] = (),
+        flags: int = 0,
+        order: str = "l",
+    ) -> int:
+        """Send a call; gives its serial."""
+        self._serial += 1
+        data = frames.call(
+            path,
+            interface,
+            member,
+            signature,
+            values,
+            destination=destination,
+            fds=len(fds),
+            serial=self._serial,
+            flags=flags,
+            order=order,
+        )
+        self.send(data, fds)
+        return self._serial
+
+    async def reply(self, serial: int) -> Message:
+        """The reply to a call. Raises RemoteError."""
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                for message in self.came:
+                    if message.reply_serial == serial:
+                        if message.kind is Kind.ERROR:
+                            raise RemoteError(message.error_name or "", message.body[0])
+                        return message
+                assert not self.closed.is_set(), "the bus hung up"
+                self._news.clear()
+                await self._news.wait()
+
+    async def call(
+        self,
+        path: str,
+        interface: str | None,
+        member: str,
+        signature: str = "",
+        values: Sequence[Any] = (),
+        **options: Any,
+    ) -> Sequence[Any]:
+        """Call; gives the values of the reply. Raises RemoteError."""
+        serial = self.send_call(path, interface, member, signature, values, **options)
+        message = await self.reply(serial)
+        for fd in message.fds:
+            os.close(fd)
+        return message.body
+
+    async def call_bus(self, member: str, signature: str = "", values: Sequence[Any] = ()) -> Any:
+        return await self.call(BUS_PATH, BUS_NAME, member, signature, values, destination=BUS_NAME)
+
+    async def sent(self) -> None:
+        """Wait until the bus has taken everything."""
+        async with asyncio.timeout(DEADLINE):
+            await self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+@contextlib.asynccontextmanager
+async def raw(rig: Rig) -> AsyncIterator[Raw]:
+    client = Raw(*await join(rig.address))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+class FakeBus:
+    """A bus with one client, that does what a test says, and reads when a test does."""
+
+    def __init__(self, path: Path) -> None:
+        self.address = f"unix:path={path}"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._sock: socket.socket | None = None
+        self._data = bytearray()
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._sock is not None:
+            self._sock.close()
+
+    async def accept(self) -> None:
+        """Let the client in, as far as its Hello."""
+        async with asyncio.timeout(DEADLINE):
+            self._sock, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+        for asked, answer in (
+            (b"\0AUTH EXTERNAL ", b"OK 0123456789abcdef0123456789abcdef\r\n"),
+            (b"NEGOTIATE_UNIX_FD", b"AGREE_UNIX_FD\r\n"),
+            (b"BEGIN", b""),
+        ):
+            line = await self._until(b"\r\n")
+            assert line.startswith(asked)
+            await self.send(answer)
+        await self.answer("Hello", "s", [":1.0"])
+
+    async def answer(self, member: str, signature: str, values: Sequence[Any]) -> None:
+        """Wait for this call to the bus, which must come next but for signals, and answer it."""
+        while (message := await self.receive()).kind is Kind.SIGNAL:
+            pass
+        assert message.member == member
+        fields = [(frames.REPLY_SERIAL, message.serial), (frames.SIGNATURE, signature)]
+        body = frames.body_of(signature, values)
+        await self.send(frames.frame(frames.RETURN, [*fields, (frames.SENDER, BUS_NAME)], body))
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        assert self._sock is not None
+        if fds:
+            frames.send_with_fds(self._sock, data, fds)
+        else:
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+
+    async def receive(self) -> Message:
+        """The next message that the client sent."""
+        await self._more(16)
+        body, _, fields = struct.unpack_from("<III", self._data, 4)
+        size = 16 + fields + -fields % 8 + body
+        await self._more(size)
+        data = bytes(self._data[:size])
+        del self._data[:size]
+        assert 0 not in header_fields(data) or header_fields(data)[0] > 0
+        return decode(data)
+
+    async def _more(self, size: int) -> None:
+        assert self._sock is not None
+        async with asyncio.timeout(DEADLINE):
+            while len(self._data) < size:
+                chunk = await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+                assert chunk, "the client hung up"
+                self._data += chunk
+
+    async def _until(self, end: bytes) -> bytes:
+        while end not in self._data:
+            await self._more(len(self._data) + 1)
+        line, _, rest = bytes(self._data).partition(end)
+        self._data[:] = rest
+        return line

@@ -1,0 +1,204 @@
+"""Stand-ins for what a VM works with: a VMM that is a shell script, its driver, and an observer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmbus.errors import VMMUnavailable
+from vmbus.files import FilePolicy
+from vmbus.model.machine import Identity, Machine, Observer, Requester
+from vmbus.reasons import Reason
+from vmbus.settings import Settings
+from vmbus.spec import VMConfig, parse_config
+from vmbus.vmm.base import Command, Control, Driver, Launch
+from vmbus.vmm.host import Host
+
+#: A VMM that ends with the status which its control tells it.
+OBEDIENT = 'read -r status <"$1"; exit "$status"'
+#: A VMM that ends by a signal only.
+DEAF = "exec sleep 1000"
+DEADLINE = 20.0
+
+Answer = Callable[["FakeControl"], Any]
+
+
+class FakeControl:
+    """The control of a VMM that does as its driver says."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self.driver = driver
+        self.requests: list[str] = []
+        self.closed = 0
+
+    def exit(self, status: int) -> None:
+        """Have an obedient VMM end."""
+        os.write(self.driver.orders, b"%d\n" % status)
+
+    async def power_button(self) -> None:
+        self._do("power_button", self.driver.on_power_button)
+
+    async def quit(self) -> None:
+        self._do("quit", self.driver.on_quit)
+
+    async def aclose(self) -> Reason | None:
+        self.closed += 1
+        if isinstance(self.driver.told, Exception):
+            raise self.driver.told
+        return self.driver.told
+
+    def _do(self, name: str, answer: int | Exception | None) -> None:
+        self.requests.append(name)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is not None:
+            self.exit(answer)
+
+
+class FakeDriver:
+    """A driver whose VMM is a shell script; its attributes say what goes how.
+
+    An answer to a request is a status to end with, an exception to raise, or None: nothing happens.
+    """
+
+    name = "fake"
+
+    def __init__(self, script: str = OBEDIENT) -> None:
+        self.argv = ["/bin/sh", "-c", script, "vmm"]
+        self.on_power_button: int | Exception | None = 0
+        self.on_quit: int | Exception | None = 0
+        self.told: Reason | Exception | None = None
+        self.by_status: dict[int, Reason] = {}
+        #: Raised by the function of that name.
+        self.failures: dict[str, Exception] = {}
+        #: Awaited before the first answer; what it raises is what connecting raises.
+        self.before_answer: Callable[[], Any] = _at_once
+        self.prepared = threading.Event()
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.control = FakeControl(self)
+        self._order, self.orders = os.pipe()
+
+    def prepare(self, launch: Launch) -> Command:
+        self.prepared.set()
+        self.may_go_on.wait(DEADLINE)
+        self._fail("prepare")
+        command = Command([], self._connect)
+        orders = command.pass_fd(command.own_fd(os.dup(self._order)))
+        command.pass_fd(launch.console)
+        (launch.directory / "file").touch()
+        command.argv = [*self.argv, orders]
+        return command
+
+    def told_by(self, status: int, stderr: str) -> Reason | None:
+        self._fail("told_by")
+        return self.by_status.get(status)
+
+    def last_words(self, stderr: str) -> str:
+        self._fail("last_words")
+        return stderr.strip()
+
+    def close(self) -> None:
+        os.close(self._order)
+        os.close(self.orders)
+
+    async def _connect(self) -> Control:
+        await self.before_answer()
+        return self.control
+
+    def _fail(self, name: str) -> None:
+        if name in self.failures:
+            raise self.failures[name]
+
+
+async def _at_once() -> None:
+    pass
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+class Recorder:
+    """An observer that writes down what it is told; `fails` says which tellings raise."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.fails: Callable[[str], bool] = lambda _: False
+        self.look: Callable[[Machine], None] = lambda _: None
+        self._news = asyncio.Event()
+
+    def added(self, vm: Machine) -> None:
+        self._tell(vm, f"added {vm.identity.name}")
+
+    def changed(self, vm: Machine, names: Sequence[str]) -> None:
+        shown = (f"{name}={vm.state}" if name == "state" else name for name in names)
+        self._tell(vm, f"changed {' '.join(shown)}")
+
+    def died(self, vm: Machine) -> None:
+        self._tell(vm, f"died {vm.reason} {vm.status}")
+
+    def removed(self, vm: Machine) -> None:
+        self._tell(vm, f"removed {vm.identity.name}")
+
+    async def until(self, beginning: str) -> None:
+        """Wait until something was told that begins so."""
+        async with asyncio.timeout(DEADLINE):
+            while not any(each.startswith(beginning) for each in self.told):
+                self._news.clear()
+                await self._news.wait()
+
+    def _tell(self, vm: Machine, what: str) -> None:
+        self.told.append(what)
+        self._news.set()
+        self.look(vm)
+        if self.fails(what):
+            raise RuntimeError(f"told: {what}")
+
+
+@contextlib.contextmanager
+def a_config(directory: Path, **changes: object) -> Iterator[VMConfig]:
+    """A config whose kernel is an empty file. None takes a key away."""
+    kernel = directory / "kernel"
+    kernel.touch()
+    raw: dict[str, object] = {"kernel": str(kernel), **changes}
+    raw = {key: value for key, value in raw.items() if value is not None}
+    config = parse_config(raw, FilePolicy(None))
+    try:
+        yield config
+    finally:
+        config.close()
+
+
+def machine(
+    directory: Path,
+    config: VMConfig,
+    driver: Driver,
+    observer: Observer,
+    settings: Settings | None = None,
+) -> Machine:
+    """A VM whose directory exists."""
+    identity = Identity(7, "guest", 2048, directory / "7", Requester(1000))
+    identity.directory.mkdir()
+    return Machine(identity, config, driver, settings or Settings(), observer, kvm=False)
+
+
+class FakeHost(Host):
+    """A host with one driver, or with none."""
+
+    def __init__(self, driver: Driver | None) -> None:
+        super().__init__(Settings())
+        self.fake = driver
+
+    async def kvm_problem(self) -> str:
+        return "there is none"
+
+    async def driver(self, choice: str) -> Driver:
+        if self.fake is None:
+            raise VMMUnavailable(f"no {choice}")
+        return self.fake
