@@ -10,9 +10,23 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+#: What the first bytes of a disk image say that is not what it seems. Taken for raw it would show
+#: the guest the wrong disk; a VMM that looks for itself would even open the files it names.
+_FORMATS = {
+    b"QFI\xfb": "qcow2",
+    b"QED\0": "QED",
+    b"KDMV": "VMDK",
+    b"vhdxfile": "VHDX",
+    b"conectix": "VHD",
+    b"composite_disk\x1d": "composite",
+    b"\x3a\xff\x26\xed": "Android sparse",
+}
+_TUNGETIFF = 0x800454D2
+_IFF_TAP = 2
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read and write"}
 
 
@@ -67,6 +81,41 @@ class FilePolicy:
         self.opened.append(file)
         return file
 
+    def open_disk(self, source: object, *, writable: bool) -> OpenFile:
+        """Take a disk image, like `open`. Raises ValueError if it isn't raw."""
+        file = self.open(source, writable=writable)
+        head = os.pread(file.fd, 16, 0)
+        for magic, name in _FORMATS.items():
+            if head.startswith(magic):
+                raise ValueError(
+                    f"the image is {name}, and only raw ones are taken; "
+                    "`qemu-img convert -O raw` makes one"
+                )
+        return file
+
+    def open_tap(self, source: object) -> OpenFile:
+        """Take an open tap device, or the name of one that the service may open."""
+        if isinstance(source, Handle):
+            file = _adopt_tap(source)
+        elif isinstance(source, str):
+            file = OpenFile(-1, _checked_tap(source), writable=True, size=0)
+        else:
+            raise ValueError("must be an open tap device (h) or the name of one (s)")
+        self.opened.append(file)
+        return file
+
+    def directory(self, source: object) -> str:
+        """Check a directory to be shared; it is the VMM that opens it. Raises ValueError."""
+        if not isinstance(source, str):
+            raise ValueError("must be a path (s)")
+        place = self._locate(source)
+        try:
+            if not stat.S_ISDIR(os.fstat(place).st_mode):
+                raise ValueError(f"{_short(source)} is not a directory")
+            return os.readlink(f"/proc/self/fd/{place}")
+        finally:
+            os.close(place)
+
     def _adopt(self, handle: Handle, *, writable: bool) -> OpenFile:
         flags = fcntl.fcntl(handle.fd, fcntl.F_GETFL)
         if flags & os.O_PATH:
@@ -85,6 +134,22 @@ class FilePolicy:
         return OpenFile(copy, "the file passed", writable=mode == os.O_RDWR, size=size)
 
     def _open_path(self, path: str, *, writable: bool) -> OpenFile:
+        place = self._locate(path)
+        try:
+            link = f"/proc/self/fd/{place}"
+            size = _size_if_usable(place)
+            mode = os.O_RDWR if writable else os.O_RDONLY
+            try:
+                fd = os.open(link, mode | os.O_CLOEXEC)
+            except OSError as error:
+                wish = "for writing" if writable else "for reading"
+                raise ValueError(f"{_short(path)}: {error.strerror} {wish}") from None
+        finally:
+            os.close(place)
+        return OpenFile(fd, path, writable=writable, size=size)
+
+    def _locate(self, path: str) -> int:
+        """An O_PATH descriptor of what lies at a path that is allowed. Raises ValueError."""
         if not path.startswith("/") or "\0" in path:
             raise ValueError(f"the path {_short(path)} must be absolute")
         # Looked at before anything is opened, so that nobody learns what exists elsewhere.
@@ -96,18 +161,11 @@ class FilePolicy:
             self._check_place(path, os.path.realpath(path))
             raise ValueError(f"{_short(path)}: {error.strerror}") from None
         try:
-            link = f"/proc/self/fd/{place}"
-            self._check_place(path, os.readlink(link))
-            size = _size_if_usable(place)
-            mode = os.O_RDWR if writable else os.O_RDONLY
-            try:
-                fd = os.open(link, mode | os.O_CLOEXEC)
-            except OSError as error:
-                wish = "for writing" if writable else "for reading"
-                raise ValueError(f"{_short(path)}: {error.strerror} {wish}") from None
-        finally:
+            self._check_place(path, os.readlink(f"/proc/self/fd/{place}"))
+        except BaseException:
             os.close(place)
-        return OpenFile(fd, path, writable=writable, size=size)
+            raise
+        return place
 
     def _check_place(self, path: str, real: str) -> None:
         if self.image_directories is None:
@@ -129,6 +187,37 @@ def _size_if_usable(fd: int) -> int:
     if stat.S_ISBLK(status.st_mode):
         return 0
     raise ValueError("it must be a regular file or a block device")
+
+
+def _adopt_tap(handle: Handle) -> OpenFile:
+    request = bytearray(40)
+    try:
+        fcntl.ioctl(handle.fd, _TUNGETIFF, request)
+    except OSError:
+        raise ValueError("it must be an open tap device") from None
+    name, flags = struct.unpack_from("16sH", request)
+    if not flags & _IFF_TAP:
+        raise ValueError("it must be a tap device, not a tun device")
+    copy = fcntl.fcntl(handle.fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    return OpenFile(copy, name.rstrip(b"\0").decode("ascii", "replace"), writable=True, size=0)
+
+
+def _checked_tap(name: str) -> str:
+    """Find out now what would keep the VMM from opening a tap device. Raises ValueError."""
+    device = Path("/sys/class/net") / name
+    if not 0 < len(name) < 16 or not name.isascii() or "/" in name or name in (".", ".."):
+        raise ValueError(f"{_short(name)!r} is not the name of a network device")
+    if not device.exists():
+        raise ValueError(f"there is no network device {name}")
+    flags = device / "tun_flags"
+    if not flags.exists() or not int(flags.read_text(), 16) & _IFF_TAP:
+        raise ValueError(f"{name} is not a tap device")
+    owner = int((device / "owner").read_text())
+    if os.getuid() not in (0, owner):
+        raise ValueError(
+            f"the service may not open {name}, whose owner is uid {owner}; pass an open tap device"
+        )
+    return name
 
 
 def _short(path: str) -> str:

@@ -37,7 +37,9 @@ _OWN_FAULTS = frozenset(
     }
 )
 #: Ways to end that a guest chooses in good order.
-_ORDERLY = frozenset({Reason.SHUTDOWN, Reason.REBOOT})
+_CHOSEN = frozenset({Reason.SHUTDOWN, Reason.REBOOT})
+#: Ways to end that leave nothing to explain.
+ORDERLY = frozenset({Reason.SHUTDOWN, Reason.REBOOT, Reason.STOPPED})
 
 
 def death_reason(
@@ -61,7 +63,7 @@ def death_reason(
     if status < 0 and told is None:
         return Reason.CRASH if status in _OWN_FAULTS else Reason.SIGNAL
     reason = told or (Reason.SHUTDOWN if status == 0 else Reason.CRASH)
-    if asked_for is not None and reason in _ORDERLY:
+    if asked_for is not None and reason in _CHOSEN:
         # Out of time, it may still have gone by the VMM's own stop, in the moment before SIGKILL.
         return killed_for or asked_for
     return reason

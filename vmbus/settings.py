@@ -24,12 +24,16 @@ class Settings(BaseModel):
     """The crosvm program: a path, or a name to look up in PATH."""
     qemu: str = "qemu-system-x86_64"
     """The QEMU program: a path, or a name to look up in PATH."""
+    virtiofsd: str = "virtiofsd"
+    """The virtiofsd program, which QEMU needs for shared directories: a path, or a name."""
     qemu_machine: Literal["auto", "microvm", "q35"] = "auto"
     """The machine that QEMU emulates on x86-64; auto: microvm where KVM is usable and it fits."""
     kvm: Literal["probe", "on", "off"] = "probe"
     """Whether KVM is usable: found out by running a tiny guest, or simply said."""
     start_timeout: float = Field(default=30.0, gt=0, le=3600)
     """How long a VMM may take until it answers on its control socket."""
+    control_timeout: float = Field(default=10.0, gt=0, le=600)
+    """How long a VMM that runs may take to answer one request."""
     stop_timeout: float = Field(default=90.0, gt=0, le=86400)
     """How long Stop waits for the guest when its caller names no time."""
     shutdown_timeout: float = Field(default=20.0, gt=0, le=3600)

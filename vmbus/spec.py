@@ -27,7 +27,11 @@ from .files import FilePolicy, OpenFile
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 #: Longest kernel command line, in bytes: what x86 kernels take, less their closing NUL.
 MAX_PARAMS = 2047
+MIN_MEMORY_MIB = 16
 MAX_DISKS = 8
+MAX_NETS = 4
+MAX_SHARED_DIRS = 4
+MAC_PATTERN = r"^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$"
 
 
 @functools.cache
@@ -59,9 +63,30 @@ def _printable(value: str) -> str:
 
 
 def _open_file(value: object, info: ValidationInfo) -> OpenFile:
-    files = info.context
-    assert isinstance(files, FilePolicy)
-    return files.open(value, writable=bool(info.data.get("writable", False)))
+    return _policy(info).open(value, writable=False)
+
+
+def _policy(info: ValidationInfo) -> FilePolicy:
+    assert isinstance(info.context, FilePolicy)
+    return info.context
+
+
+def _open_disk(value: object, info: ValidationInfo) -> OpenFile:
+    return _policy(info).open_disk(value, writable=bool(info.data.get("writable", False)))
+
+
+def _open_tap(value: object, info: ValidationInfo) -> OpenFile:
+    return _policy(info).open_tap(value)
+
+
+def _directory(value: object, info: ValidationInfo) -> str:
+    return _policy(info).directory(value)
+
+
+def _unicast(value: str) -> str:
+    if int(value[:2], 16) & 1:
+        raise ValueError("must be a unicast address: its first byte must be even")
+    return value.lower()
 
 
 File = Annotated[OpenFile, PlainValidator(_open_file)]
@@ -77,9 +102,24 @@ class Disk(_Model):
     """One disk. `writable` stands before `image`, whose validation looks at it."""
 
     writable: bool = False
-    image: File
+    image: Annotated[OpenFile, PlainValidator(_open_disk)]
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,20}$")] | None = None
     direct: bool = False
+
+
+class Net(_Model):
+    """One network device, on a tap."""
+
+    tap: Annotated[OpenFile, PlainValidator(_open_tap)]
+    mac: Annotated[str, Field(pattern=MAC_PATTERN), AfterValidator(_unicast)] | None = None
+
+
+class SharedDir(_Model):
+    """One directory of the host that the guest mounts by its tag."""
+
+    source: Annotated[str, PlainValidator(_directory)]
+    tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,35}$")]
+    writable: bool = False
 
 
 class VMConfig(_Model):
@@ -92,16 +132,22 @@ class VMConfig(_Model):
     bios: File | None = None
     params: Annotated[str, AfterValidator(_printable)] = ""
     memory_mib: Annotated[
-        int, Field(ge=16), _at_most(host_memory_mib, "the memory of this host")
+        int, Field(ge=MIN_MEMORY_MIB), _at_most(host_memory_mib, "the memory of this host")
     ] = 256
     cpus: Annotated[int, Field(ge=1), _at_most(host_cpus, "the CPUs of this host")] = 1
     disks: Annotated[list[Disk], Field(max_length=MAX_DISKS)] = []
+    net: Annotated[list[Net], Field(max_length=MAX_NETS)] = []
+    shared_dirs: Annotated[list[SharedDir], Field(max_length=MAX_SHARED_DIRS)] = []
+    vsock: bool | None = None
+    protected: bool = False
+    balloon: bool = True
+    gdb_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     collect: Literal["manual", "on-death"] = "manual"
 
     def files(self) -> list[OpenFile]:
         """Every file the VM needs, in no order."""
         single = [file for file in (self.kernel, self.initrd, self.bios) if file is not None]
-        return single + [disk.image for disk in self.disks]
+        return single + [disk.image for disk in self.disks] + [net.tap for net in self.net]
 
     def close(self) -> None:
         """Close the files; a VM that has ended, or never will start, needs them no more."""
@@ -109,7 +155,7 @@ class VMConfig(_Model):
             file.close()
 
 
-def boot_problems(raw: Mapping[str, object]) -> list[str]:
+def joint_problems(raw: Mapping[str, object]) -> list[str]:
     """What is wrong with the keys that only make sense together."""
     problems = []
     if "kernel" in raw and "bios" in raw:
@@ -122,12 +168,19 @@ def boot_problems(raw: Mapping[str, object]) -> list[str]:
             for key in ("initrd", "params")
             if key in raw
         ]
+    tags = [str(each.get("tag")) for each in _dicts(raw.get("shared_dirs"))]
+    if len(tags) != len(set(tags)):
+        problems.append("shared_dirs: each must have a tag of its own")
     return problems
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def parse_config(raw: Mapping[str, object], files: FilePolicy) -> VMConfig:
     """Validate a config and open its files. Raises InvalidConfig, with nothing left open."""
-    problems = boot_problems(raw)
+    problems = joint_problems(raw)
     try:
         config = VMConfig.model_validate(dict(raw), context=files)
     except ValidationError as error:
@@ -139,6 +192,9 @@ def parse_config(raw: Mapping[str, object], files: FilePolicy) -> VMConfig:
         files.close_all()
         raise InvalidConfig(problems)
     return config
+
+
+_PARTS: Mapping[str, type[_Model]] = {"disks": Disk, "net": Net, "shared_dirs": SharedDir}
 
 
 def _problem(error: Any) -> str:
@@ -156,7 +212,7 @@ def _problem(error: Any) -> str:
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    model = Disk if location[0] == "disks" and len(location) > 1 else VMConfig
+    model = _PARTS.get(str(location[0]), VMConfig) if len(location) > 1 else VMConfig
     return list(model.model_fields)
 
 

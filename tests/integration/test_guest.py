@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import os
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,19 @@ class Guest:
                 data = await loop.sock_recv(self._stream, 65536)
                 assert data, f"the console ended without {wanted!r}: {self.text}"
                 self.text += data.decode("utf-8", "replace")
+
+    async def silence(self) -> None:
+        """Take what is under way, then see that nothing comes for a while."""
+        loop = asyncio.get_running_loop()
+        quiet = 0
+        while quiet < 2:
+            try:
+                async with asyncio.timeout(0.5):
+                    await loop.sock_recv(self._stream, 65536)
+            except TimeoutError:
+                quiet += 1
+            else:
+                assert quiet == 0, "the guest prints again"
 
     async def dies(self) -> list[Any]:
         """The reason and the status."""
@@ -217,3 +232,173 @@ async def test_microvm(microvms: Client, guest_files: tuple[Path, Path], tmp_pat
         (log,) = await microvms.vm(path, "OpenLog")
         with os.fdopen(log, "rb") as file:
             assert (b"vmbus was here" in file.read()) == ("vda" in script)
+
+
+async def test_the_guest_sees_the_power_button(bus: Client, boot: Any) -> None:
+    guest = await boot("echo ready; wait-powerbtn; echo pressed")
+    await guest.prints("ready")
+    stopping = asyncio.create_task(bus.vm(guest.path, "Stop", "t", int(BOOT * 1_000_000)))
+    # Pressed before the guest listens it is lost, and pressing once more does no harm.
+    await bus.until_state(guest.path, "stopping")
+    pressing = asyncio.create_task(_press_until_dead(bus, guest.path))
+    await guest.prints("pressed")
+    assert await guest.dies() == ["stopped", 0]
+    await asyncio.gather(stopping, pressing)
+
+
+async def _press_until_dead(bus: Client, path: str) -> None:
+    presses = []
+    while await bus.get(path, "State") == "stopping":
+        presses.append(asyncio.create_task(bus.vm(path, "Stop", "t", int(BOOT * 1_000_000))))
+        await asyncio.wait(presses[-1:], timeout=0.5)
+    await asyncio.gather(*presses)
+
+
+async def test_a_guest_that_ignores_the_power_button(bus: Client, boot: Any) -> None:
+    guest = await boot("echo ready; sleep 1000")
+    await guest.prints("ready")
+    await bus.vm(guest.path, "Stop", "t", 300_000)
+    assert (await guest.dies())[0] == "killed"
+
+
+async def test_suspend_stops_the_guests_clock(bus: Client, boot: Any) -> None:
+    guest = await boot("while :; do echo tick; sleep 0.1; done")
+    await guest.prints("tick\r\ntick\r\n")
+    await bus.vm(guest.path, "Suspend")
+    await guest.silence()
+    await bus.vm(guest.path, "Resume")
+    guest.text = ""
+    await guest.prints("tick\r\ntick\r\n")
+    await bus.vm(guest.path, "Kill")
+    await guest.dies()
+
+
+async def test_the_balloon_is_seen_in_the_guest(bus: Client, boot: Any) -> None:
+    script = """
+        before=$(awk '/MemTotal/ {print $2}' /proc/meminfo)
+        echo ready
+        while [ $(awk '/MemTotal/ {print $2}' /proc/meminfo) -gt $((before - 50000)) ]
+        do sleep 0.1; done
+        echo smaller; sleep 1000
+    """
+    guest = await boot(script, memory_mib=256)
+    await guest.prints("ready")
+    assert await bus.get(guest.path, "MemoryActual") == 256 << 20
+    await bus.vm(guest.path, "SetMemoryTarget", "t", 160 << 20)
+    await guest.prints("smaller")
+    await bus.until(lambda m: m.path == guest.path and "MemoryActual" in m.body[2])
+    assert await bus.get(guest.path, "MemoryActual") < 220 << 20
+    await bus.vm(guest.path, "Kill")
+    await guest.dies()
+
+
+async def test_disks_in_order_and_one_that_grows(bus: Client, boot: Any, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"one".ljust(1 << 20, b"\0"))
+    second.write_bytes(b"two".ljust(1 << 20, b"\0"))
+    script = """
+        for disk in vda vdb; do
+            echo $disk: $(head -c 3 /dev/$disk) $(cat /sys/block/$disk/serial)
+        done
+        echo ready
+        while [ $(cat /sys/block/vdb/size) = 2048 ]; do sleep 0.1; done
+        echo grown to $(cat /sys/block/vdb/size)
+        echo end | dd of=/dev/vdb bs=512 seek=8191 conv=notrunc,sync 2>/dev/null; sync
+    """
+    guest = await boot(
+        script,
+        disks=[
+            {"image": str(first), "id": "boot"},
+            {"image": str(second), "id": "data", "writable": True, "direct": True},
+        ],
+    )
+    await guest.prints("ready")
+    assert "vda: one boot" in guest.text
+    assert "vdb: two data" in guest.text
+    await bus.vm(guest.path, "ResizeDisk", "ut", 1, 4 << 20)
+    await guest.prints("grown to 8192")
+    assert await guest.dies() == ["shutdown", 0]
+    assert second.read_bytes()[8191 * 512 :].startswith(b"end\n")
+
+
+async def test_a_shared_directory(boot: Any, tmp_path: Path) -> None:
+    shared = tmp_path / "shared, with a comma"
+    shared.mkdir()
+    (shared / "from-host").write_text("hello guest")
+    shared.chmod(0o777)
+    script = """
+        mkdir /mnt; mount -t virtiofs share /mnt && cat /mnt/from-host
+        echo hello host > /mnt/from-guest; umount /mnt
+    """
+    guest = await boot(
+        script,
+        shared_dirs=[{"source": str(shared), "tag": "share", "writable": True}],
+    )
+    await guest.prints("hello guest")
+    assert await guest.dies() == ["shutdown", 0]
+    assert (shared / "from-guest").read_text() == "hello host\n"
+
+
+async def test_a_read_only_share_needs_another_virtiofsd(boot: Any, tmp_path: Path) -> None:
+    async with refused(ERROR + "NotSupported") as text:
+        await boot("true", shared_dirs=[{"source": str(tmp_path), "tag": "share"}])
+    assert "read-only" in text[0]
+
+
+TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x2, 0x1000, 0x4000
+
+
+def _tap(name: str, *, persistent: bool = False) -> int:
+    """An open tap device, which goes with its descriptor unless it is persistent."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    if persistent:
+        fcntl.ioctl(fd, TUNSETPERSIST, 1)
+    return fd
+
+
+async def test_network_on_taps(boot: Any) -> None:
+    """One tap by descriptor, one by name; the guest sees both, with the MACs it was given."""
+    by_fd, by_name = _tap("vmbus-test0"), _tap("vmbus-test1", persistent=True)
+    os.close(by_name)
+    try:
+        guest = await boot(
+            "cat /sys/class/net/eth*/address",
+            fds=[by_fd],
+            net=[
+                {"tap": Variant("h", 0), "mac": "52:54:00:00:00:01"},
+                {"tap": "vmbus-test1", "mac": "52:54:00:00:00:0A"},
+            ],
+        )
+        await guest.prints("script ended")
+        assert "52:54:00:00:00:01" in guest.text
+        assert "52:54:00:00:00:0a" in guest.text
+        assert await guest.dies() == ["shutdown", 0]
+    finally:
+        os.close(by_fd)
+        again = _tap("vmbus-test1")
+        fcntl.ioctl(again, TUNSETPERSIST, 0)
+        os.close(again)
+
+
+async def test_bios(bus: Client) -> None:
+    """A firmware that isn't Linux: QEMU's own, which finds nothing to boot."""
+    path = await bus.create(bios="/usr/share/seabios/bios-256k.bin", memory_mib=64)
+    await bus.vm(path, "Start")
+    assert await bus.get(path, "State") == "running"
+    await bus.vm(path, "Kill")
+    assert (await bus.died(path))[1:] == ["killed", -9]
+
+
+async def test_a_debugger(bus: Client, boot: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    guest = await boot("sleep 1000", gdb_port=port)
+    with socket.create_connection(("127.0.0.1", port), timeout=BOOT) as debugger:
+        debugger.sendall(b"$?#3f")
+        assert debugger.recv(100).lstrip(b"+").startswith(b"$")
+    await bus.vm(guest.path, "Kill")
+    await guest.dies()

@@ -69,6 +69,8 @@ async def test_create_starts_nothing(bus: Client, service: Service, tmp_path: Pa
         "DeathReason": "",
         "ExitStatus": 0,
         "LastWords": "",
+        "MemoryActual": 0,
+        "Protected": False,
     }
     assert await bus.call(MANAGER_PATH, MANAGER, "GetVM", "s", ["idle"]) == [path]
     await bus.vm(path, "Remove")
@@ -505,3 +507,14 @@ async def test_many_rounds_leave_nothing_behind(service: Service, tmp_path: Path
         assert service.children() == []
         assert sorted((service.runtime / "vm").iterdir()) == left
         assert service.resident() < memory + 4 * 1024 * 1024
+
+
+async def test_a_reader_that_has_said_all_still_hears(bus: Client, tmp_path: Path) -> None:
+    path = await bus.create(kernel=guest(tmp_path, console="login: ", echo=True))
+    stream = await _console(bus, path)
+    await asyncio.get_running_loop().sock_sendall(stream, b"root\n")
+    stream.shutdown(socket.SHUT_WR)
+    await bus.vm(path, "Start")
+    assert (await _read(stream, len("login: "))).startswith(b"login: ")
+    stream.close()
+    await bus.vm(path, "Kill")

@@ -12,11 +12,12 @@ from typing import Any
 
 from vmbus.errors import VMMUnavailable
 from vmbus.files import FilePolicy
-from vmbus.model.machine import Identity, Machine, Observer, Requester
+from vmbus.model.identity import Identity, Observer, Requester
+from vmbus.model.machine import Machine
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
 from vmbus.spec import VMConfig, parse_config
-from vmbus.vmm.base import Command, Control, Driver, Launch
+from vmbus.vmm.base import Command, Control, Driver, Helper, Launch
 from vmbus.vmm.host import Host
 
 #: A VMM that ends with the status which its control tells it.
@@ -24,8 +25,6 @@ OBEDIENT = 'read -r status <"$1"; exit "$status"'
 #: A VMM that ends by a signal only.
 DEAF = "exec sleep 1000"
 DEADLINE = 20.0
-
-Answer = Callable[["FakeControl"], Any]
 
 
 class FakeControl:
@@ -35,6 +34,7 @@ class FakeControl:
         self.driver = driver
         self.requests: list[str] = []
         self.closed = 0
+        self.memory_changed: Callable[[int], None] = lambda _: None
 
     def exit(self, status: int) -> None:
         """Have an obedient VMM end."""
@@ -46,11 +46,34 @@ class FakeControl:
     async def quit(self) -> None:
         self._do("quit", self.driver.on_quit)
 
+    async def suspend(self) -> None:
+        await self._answer("suspend")
+
+    async def resume(self) -> None:
+        await self._answer("resume")
+
+    async def set_memory(self, size: int) -> None:
+        await self._answer(f"set_memory {size}")
+
+    async def memory(self) -> int:
+        await self._answer("memory")
+        return self.driver.memory
+
+    def watch_memory(self, changed: Callable[[int], None]) -> None:
+        self.memory_changed = changed
+
+    async def resize_disk(self, index: int, size: int) -> None:
+        await self._answer(f"resize_disk {index} {size}")
+
     async def aclose(self) -> Reason | None:
         self.closed += 1
         if isinstance(self.driver.told, Exception):
             raise self.driver.told
         return self.driver.told
+
+    async def _answer(self, name: str) -> None:
+        self._do(name, self.driver.on_request)
+        await self.driver.before_reply()
 
     def _do(self, name: str, answer: int | Exception | None) -> None:
         self.requests.append(name)
@@ -72,8 +95,12 @@ class FakeDriver:
         self.argv = ["/bin/sh", "-c", script, "vmm"]
         self.on_power_button: int | Exception | None = 0
         self.on_quit: int | Exception | None = 0
+        self.on_request: int | Exception | None = None
+        self.memory = 0
         self.told: Reason | Exception | None = None
         self.by_status: dict[int, Reason] = {}
+        #: Awaited before any answer to what isn't about ending.
+        self.before_reply: Callable[[], Any] = _at_once
         #: Raised by the function of that name.
         self.failures: dict[str, Exception] = {}
         #: Awaited before the first answer; what it raises is what connecting raises.
@@ -81,6 +108,7 @@ class FakeDriver:
         self.prepared = threading.Event()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
+        self.helpers: list[Helper] = []
         self.control = FakeControl(self)
         self._order, self.orders = os.pipe()
 
@@ -88,7 +116,7 @@ class FakeDriver:
         self.prepared.set()
         self.may_go_on.wait(DEADLINE)
         self._fail("prepare")
-        command = Command([], self._connect)
+        command = Command([], self._connect, helpers=self.helpers)
         orders = command.pass_fd(command.own_fd(os.dup(self._order)))
         command.pass_fd(launch.console)
         (launch.directory / "file").touch()
@@ -98,6 +126,9 @@ class FakeDriver:
     def told_by(self, status: int, stderr: str) -> Reason | None:
         self._fail("told_by")
         return self.by_status.get(status)
+
+    def unsupported(self, config: VMConfig) -> list[str]:
+        return []
 
     def last_words(self, stderr: str) -> str:
         self._fail("last_words")
@@ -194,11 +225,12 @@ class FakeHost(Host):
     def __init__(self, driver: Driver | None) -> None:
         super().__init__(Settings())
         self.fake = driver
+        self.vsock = False
 
     async def kvm_problem(self) -> str:
         return "there is none"
 
-    async def driver(self, choice: str) -> Driver:
+    async def driver(self, config: VMConfig) -> Driver:
         if self.fake is None:
-            raise VMMUnavailable(f"no {choice}")
+            raise VMMUnavailable(f"no {config.vmm}")
         return self.fake

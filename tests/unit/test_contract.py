@@ -358,7 +358,7 @@ def _importers(name: str, where: str = "") -> list[str]:
 
 def test_imports_are_found_however_they_are_written() -> None:
     seen = _imports(PACKAGE / "model" / "machine.py")
-    assert {"asyncio", "vmbus.errors", "vmbus.vmm.process", "vmbus.model.state"} <= seen
+    assert {"asyncio", "vmbus.errors", "vmbus.vmm.run", "vmbus.model.state"} <= seen
     assert "vmbus.errors" in _imports(PACKAGE / "spec.py")
     assert "vmbus.__version__" in _imports(PACKAGE / "daemon.py")
 

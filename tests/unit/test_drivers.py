@@ -25,7 +25,8 @@ from vmbus.vmm import base
 from vmbus.vmm.base import Command, Control, Driver, Launch, last_line
 from vmbus.vmm.crosvm import Crosvm, CrosvmControl
 from vmbus.vmm.process import Process
-from vmbus.vmm.qemu import Qemu, QemuControl, told_by_events
+from vmbus.vmm.qemu import Qemu
+from vmbus.vmm.qmp import QemuControl, told_by_events
 
 CROSVM = Path(__file__).parents[1] / "fakes" / "crosvm"
 GUEST = "#!vmbus-test-guest\n"
@@ -68,7 +69,16 @@ class Maker:
         self.resources.enter_context(ours)
         self.resources.enter_context(theirs)
         self.names[theirs.fileno()] = "CONSOLE"
-        return Launch("guest-1", 2048, config, directory, theirs.fileno(), kvm)
+        return Launch(
+            "guest-1",
+            2048,
+            config,
+            directory,
+            theirs.fileno(),
+            kvm,
+            vsock=bool(config.vsock),
+            control_timeout=DEADLINE,
+        )
 
     def command(self, driver: Driver, *, kvm: bool = True, **changes: Any) -> Command:
         launch = self.launch(self.config(**changes), kvm=kvm)
@@ -254,24 +264,32 @@ async def test_crosvm_ends_when_it_is_asked(
     ids=lambda value: str(value)[:40],
 )
 async def test_crosvm_that_does_not_do_as_it_is_asked(
-    make: Maker, treatment: dict[str, Any], error: type[VMBusError], says: str
+    make: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+    treatment: dict[str, Any],
+    error: type[VMBusError],
+    says: str,
 ) -> None:
     process, control = await _with_guest(make, on={"Powerbtn": treatment})
-    timeout = 0.05 if error is TimedOut else DEADLINE
+    if error is TimedOut:
+        monkeypatch.setattr(control, "_timeout", 0.05)
     with pytest.raises(error) as failed:
-        await control.request("Powerbtn", timeout=timeout)
+        await control.request("Powerbtn")
     assert str(failed.value).startswith(says)
     assert len(str(failed.value)) < 400
     process.kill()
     await _ended(process)
 
 
-async def test_crosvm_that_answers_late_is_not_misunderstood(make: Maker) -> None:
+async def test_crosvm_that_answers_late_is_not_misunderstood(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer to a request that was given up is nobody's, least of all the next one's."""
     late = {"Powerbtn": {"reply": {"Err": 22}, "delay": 0.2, "times": 1}}
     process, control = await _with_guest(make, on=late)
-    with pytest.raises(TimedOut):
-        await control.request("Powerbtn", timeout=0.05)
+    with monkeypatch.context() as impatient, pytest.raises(TimedOut):
+        impatient.setattr(control, "_timeout", 0.05)
+        await control.request("Powerbtn")
     assert "VcpuPidTidResponse" in await control.request("VcpuPidTid")
     await control.power_button()
     assert await _ended(process) == 0
@@ -683,12 +701,13 @@ async def test_qemu_that_refuses(monitor: Monitored) -> None:
 async def test_qemu_that_does_not_answer(
     monitor: Monitored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmbus.vmm.qemu.CONTROL_TIMEOUT", 0.05)
     command, qemu = monitor
     qemu.answers["system_powerdown"] = {}
     control = await _connected(command)
+    monkeypatch.setattr(control, "_timeout", 0.05)
     with pytest.raises(TimedOut, match=r"^QEMU did not answer in 0\.05 s$"):
         await control.power_button()
+    monkeypatch.undo()
     await control.quit()
     await _close(control, qemu)
 
@@ -763,7 +782,7 @@ async def test_qemu_that_never_hangs_up_does_not_hold_up_the_end(
     monitor: Monitored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some child of it may still hold the socket."""
-    monkeypatch.setattr("vmbus.vmm.qemu._LAST_EVENTS", 0.05)
+    monkeypatch.setattr("vmbus.vmm.qmp._LAST_EVENTS", 0.05)
     command, qemu = monitor
     control = await _connected(command)
     qemu.event("SHUTDOWN", guest=False, reason="host-signal")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,12 +22,21 @@ from tests.unit.doubles import (
     machine,
     never,
 )
-from vmbus.errors import ControlFailed, InvalidState, NoSuchVM, NotSupported, StartFailed, TimedOut
+from vmbus.errors import (
+    ControlFailed,
+    InvalidArgs,
+    InvalidState,
+    NoSuchVM,
+    NotSupported,
+    StartFailed,
+    TimedOut,
+)
 from vmbus.model.machine import Machine
 from vmbus.model.state import State
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
 from vmbus.spec import VMConfig
+from vmbus.vmm.base import Helper
 
 KILL = -signal.SIGKILL
 LONG = 1000.0
@@ -89,10 +99,10 @@ async def _refused(start: Awaitable[None]) -> str:
 
 STARTING = "changed state=starting"
 PID = "changed pid"
-RUNNING = "changed state=running started"
+RUNNING = "changed state=running started memory_actual"
 STOPPING = "changed state=stopping"
-DEAD = "changed state=dead reason status pid died last_words"
-FAILED = "changed state=failed reason status pid died last_words"
+DEAD = "changed state=dead reason status pid died last_words memory_actual"
+FAILED = "changed state=failed reason status pid died last_words memory_actual"
 
 
 # Life and death in order
@@ -364,7 +374,7 @@ async def test_kill_while_files_are_made_ready(
     assert not killing.done()
     driver.may_go_on.set()
     await killing
-    assert await _refused(starting) == "fake: killed by signal 9"
+    assert await _refused(starting) == "fake: ended before it was started"
     assert observer.told == [STARTING, FAILED, f"died killed {KILL}"]
 
 
@@ -567,6 +577,285 @@ async def test_remove_in_the_moment_of_death(vm: Machine, driver: FakeDriver) ->
     driver.control.exit(0)
     assert await waiting == (Reason.SHUTDOWN, 0)
     assert not vm.identity.directory.exists()
+
+
+# While it runs
+
+
+SUSPENDED = "changed state=suspended"
+RESUMED = "changed state=running"
+MIB = 1 << 20
+
+
+async def test_suspend_and_resume(vm: Machine, driver: FakeDriver, observer: Recorder) -> None:
+    await vm.start()
+    await vm.suspend()
+    assert vm.state is State.SUSPENDED
+    await vm.resume()
+    assert vm.state is State.RUNNING
+    assert driver.control.requests == ["suspend", "resume"]
+    assert observer.told[3:] == [SUSPENDED, RESUMED]
+
+
+async def test_suspend_twice_at_once_asks_the_vmm_once(vm: Machine, driver: FakeDriver) -> None:
+    await vm.start()
+    results = await asyncio.gather(vm.suspend(), vm.suspend(), return_exceptions=True)
+    assert [type(each) for each in results] == [type(None), InvalidState]
+    assert driver.control.requests == ["suspend"]
+
+
+async def test_requests_are_made_one_after_the_other(vm: Machine, driver: FakeDriver) -> None:
+    await vm.start()
+    answered = asyncio.Event()
+    driver.before_reply = answered.wait
+    asked = [_task(vm.suspend()), _task(vm.resume()), _task(vm.suspend())]
+    await asyncio.to_thread(int)
+    assert driver.control.requests == ["suspend"]
+    answered.set()
+    await asyncio.gather(*asked)
+    assert driver.control.requests == ["suspend", "resume", "suspend"]
+    assert vm.state is State.SUSPENDED
+
+
+async def test_request_that_fails_changes_nothing(
+    vm: Machine, driver: FakeDriver, observer: Recorder
+) -> None:
+    driver.on_request = ControlFailed("no")
+    await vm.start()
+    with pytest.raises(ControlFailed, match="no"):
+        await vm.suspend()
+    assert (vm.state, observer.told[3:]) == (State.RUNNING, [])
+    driver.on_request = None
+    await vm.suspend()
+    assert vm.state is State.SUSPENDED
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"),
+    [
+        (Machine.suspend, "can't be suspended; it must be running"),
+        (Machine.resume, "can't be resumed; it must be suspended"),
+        (
+            lambda vm: vm.set_memory_target(64 * MIB),
+            "can't have its memory changed; it must be running or suspended",
+        ),
+        (
+            lambda vm: vm.resize_disk(0, 512),
+            "can't have a disk resized; it must be running or suspended",
+        ),
+    ],
+)
+async def test_what_needs_a_vm_that_runs_is_refused_before_and_after(
+    vm: Machine, driver: FakeDriver, verb: Callable[[Machine], Awaitable[None]], says: str
+) -> None:
+    with pytest.raises(InvalidState, match=f"that is not-started {says}"):
+        await verb(vm)
+    await vm.start()
+    await vm.kill()
+    with pytest.raises(InvalidState, match=f"that is dead {says}"):
+        await verb(vm)
+    assert driver.control.requests == []
+
+
+async def test_stop_of_a_suspended_vm_first_lets_it_go_on(
+    vm: Machine, driver: FakeDriver, observer: Recorder
+) -> None:
+    """A guest whose vCPUs stand still doesn't see its power button."""
+    await vm.start()
+    await vm.suspend()
+    await _task(vm.stop(LONG))
+    assert driver.control.requests == ["suspend", "resume", "power_button"]
+    assert observer.told[3:] == [SUSPENDED, STOPPING, DEAD, "died stopped 0"]
+
+
+async def test_suspended_vm_can_be_killed(vm: Machine) -> None:
+    await vm.start()
+    await vm.suspend()
+    await _task(vm.kill())
+    assert await _end(vm) == ("killed", KILL)
+
+
+async def test_death_ends_a_request(vm: Machine, driver: FakeDriver) -> None:
+    """Whatever the VMM answered, a VM that is dead isn't suspended."""
+    await vm.start()
+    answered = asyncio.Event()
+    driver.before_reply = answered.wait
+    suspending = _task(vm.suspend())
+    await asyncio.to_thread(int)
+    await vm.kill()
+    answered.set()
+    with pytest.raises(InvalidState, match="that is dead can't be suspended"):
+        await suspending
+    assert vm.state is State.DEAD
+
+
+@pytest.mark.parametrize("size", [16 * MIB, 100 * MIB + 1, 256 * MIB])
+async def test_memory_target_is_handed_on(vm: Machine, driver: FakeDriver, size: int) -> None:
+    await vm.start()
+    await vm.set_memory_target(size)
+    assert driver.control.requests == [f"set_memory {size}"]
+
+
+@pytest.mark.parametrize("size", [0, 16 * MIB - 1, 256 * MIB + 1, (1 << 64) - 1])
+async def test_memory_target_out_of_range_is_refused(
+    vm: Machine, driver: FakeDriver, size: int
+) -> None:
+    await vm.start()
+    says = f"the guest can have {16 * MIB} to {256 * MIB} bytes, not {size}"
+    with pytest.raises(InvalidArgs, match=says):
+        await vm.set_memory_target(size)
+    assert driver.control.requests == []
+
+
+async def test_memory_of_a_vm_without_a_balloon_stays_as_it_is(
+    tmp_path: Path, driver: FakeDriver, observer: Recorder
+) -> None:
+    with a_config(tmp_path, balloon=False) as config:
+        vm = machine(tmp_path, config, driver, observer)
+        await vm.start()
+        with pytest.raises(NotSupported, match="created without a balloon"):
+            await vm.set_memory_target(64 * MIB)
+        await vm.kill()
+        vm.remove()
+
+
+async def test_memory_is_what_the_vmm_says(
+    vm: Machine, driver: FakeDriver, observer: Recorder
+) -> None:
+    assert await vm.ask_memory() == 0
+    await vm.start()
+    assert vm.memory_actual == 256 * MIB
+    driver.memory = 200 * MIB
+    assert await vm.ask_memory() == 200 * MIB
+    driver.control.memory_changed(100 * MIB)
+    assert (vm.memory_actual, observer.told[3:]) == (100 * MIB, ["changed memory_actual"])
+    await vm.kill()
+    assert await vm.ask_memory() == 0
+
+
+async def test_memory_is_what_was_last_known_where_the_vmm_does_not_say(
+    vm: Machine, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus.model.machine._ASK_MEMORY", SOON)
+    await vm.start()
+    driver.on_request = ControlFailed("no driver")
+    assert await vm.ask_memory() == 256 * MIB
+    driver.on_request, driver.before_reply = None, never
+    assert await _task(vm.ask_memory()) == 256 * MIB
+
+
+@pytest.fixture
+async def vm_with_disks(
+    tmp_path: Path, driver: FakeDriver, observer: Recorder
+) -> AsyncIterator[Machine]:
+    """One disk that is read-only, one of 1 MiB that isn't."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    disks = [
+        {"image": str(tmp_path / "one")},
+        {"image": str(tmp_path / "two"), "writable": True},
+    ]
+    with a_config(tmp_path, disks=disks) as config:
+        vm = machine(tmp_path, config, driver, observer)
+        yield vm
+        await vm.kill()
+        vm.remove()
+
+
+async def test_disk_grows(vm_with_disks: Machine, driver: FakeDriver) -> None:
+    await vm_with_disks.start()
+    await vm_with_disks.resize_disk(1, 2 * MIB)
+    await vm_with_disks.resize_disk(1, 2 * MIB + 512)
+    assert driver.control.requests == [
+        f"resize_disk 1 {2 * MIB}",
+        f"resize_disk 1 {2 * MIB + 512}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "error", "says"),
+    [
+        (0, 2 * MIB, NotSupported, "disk 0 is read-only"),
+        (2, 2 * MIB, InvalidArgs, "there is no disk 2; the VM has 2"),
+        (1, 2 * MIB + 1, InvalidArgs, "must be a multiple of 512 bytes"),
+        (1, MIB, InvalidArgs, f"a disk can only grow; it has {MIB} bytes already"),
+        (1, 0, InvalidArgs, f"a disk can only grow; it has {MIB} bytes already"),
+    ],
+)
+async def test_disk_does_not_grow(
+    vm_with_disks: Machine,
+    driver: FakeDriver,
+    index: int,
+    size: int,
+    error: type[Exception],
+    says: str,
+) -> None:
+    await vm_with_disks.start()
+    with pytest.raises(error, match=says):
+        await vm_with_disks.resize_disk(index, size)
+    assert driver.control.requests == []
+
+
+async def test_disk_that_could_not_grow_has_its_old_size(
+    vm_with_disks: Machine, driver: FakeDriver
+) -> None:
+    await vm_with_disks.start()
+    driver.on_request = ControlFailed("No space left on device")
+    with pytest.raises(ControlFailed):
+        await vm_with_disks.resize_disk(1, 4 * MIB)
+    driver.on_request = None
+    await vm_with_disks.resize_disk(1, 2 * MIB)
+    assert driver.control.requests[-1] == f"resize_disk 1 {2 * MIB}"
+
+
+# Programs beside the VMM; each holds a pipe, whose end says that they are all gone
+
+
+@pytest.fixture
+def helpers(driver: FakeDriver) -> Iterator[int]:
+    """Two helpers; gives the reading end."""
+    reader, writer = os.pipe()
+    for _ in range(2):
+        driver.helpers.append(Helper(["/bin/sleep", "1000"], [writer]))
+    yield reader
+    os.close(writer)
+    assert select.select([reader], [], [], DEADLINE)[0]
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+@pytest.mark.usefixtures("helpers")
+async def test_helpers_end_with_their_vmm(vm: Machine, driver: FakeDriver) -> None:
+    await vm.start()
+    driver.control.exit(0)
+    assert await _end(vm) == ("shutdown", 0)
+
+
+@pytest.mark.usefixtures("helpers")
+async def test_helpers_end_where_there_is_no_vmm_after_all(vm: Machine, driver: FakeDriver) -> None:
+    driver.argv = ["/none"]
+    assert await _refused(vm.start()) == "fake: could not be started: No such file or directory"
+
+
+@pytest.mark.usefixtures("helpers")
+async def test_helpers_end_where_one_of_them_cannot_be_executed(
+    vm: Machine, driver: FakeDriver
+) -> None:
+    driver.helpers.append(Helper(["/none"], []))
+    assert await _refused(vm.start()) == "fake: could not be started: No such file or directory"
+    assert await _end(vm) == ("start-failed", 127)
+
+
+async def test_helper_has_the_last_word_where_the_vmm_says_nothing(
+    vm: Machine, driver: FakeDriver
+) -> None:
+    """The helper tells the VMM to end, after what it has said itself."""
+    script = "echo first >&2; echo 'no such directory' >&2; echo 1 >\"$1\""
+    orders = f"/proc/self/fd/{driver.orders}"
+    driver.helpers.append(Helper(["/bin/sh", "-c", script, "sh", orders], [driver.orders]))
+    driver.before_answer = never
+    assert await _refused(vm.start()) == "fake: no such directory"
+    assert await _end(vm) == ("start-failed", 1)
 
 
 # What fails outside must not leave a VM that is neither alive nor dead

@@ -14,7 +14,7 @@ from vmbus.bus.connection import Connection, RemoteError
 from vmbus.bus.peers import Peers
 from vmbus.bus.wire import Variant
 from vmbus.errors import AccessDenied
-from vmbus.model.machine import Requester
+from vmbus.model.identity import Requester
 
 
 class Bus:

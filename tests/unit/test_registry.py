@@ -20,7 +20,8 @@ from vmbus.errors import (
     VMMUnavailable,
 )
 from vmbus.files import Handle
-from vmbus.model.machine import Machine, Requester
+from vmbus.model.identity import Requester
+from vmbus.model.machine import Machine
 from vmbus.model.registry import FIRST_CID, LAST_CID, CIDPool, Registry
 from vmbus.model.state import State
 from vmbus.reasons import Reason

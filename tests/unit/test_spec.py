@@ -14,11 +14,23 @@ import pytest
 
 from vmbus.errors import InvalidConfig
 from vmbus.files import FilePolicy, Handle
-from vmbus.spec import MAX_DISKS, MAX_PARAMS, VMConfig, host_cpus, host_memory_mib, parse_config
+from vmbus.spec import (
+    MAX_DISKS,
+    MAX_NETS,
+    MAX_PARAMS,
+    MAX_SHARED_DIRS,
+    VMConfig,
+    host_cpus,
+    host_memory_mib,
+    parse_config,
+)
 
 pytestmark = pytest.mark.usefixtures("files_closed")
 
-KEYS = "name, vmm, kernel, initrd, bios, params, memory_mib, cpus, disks, collect"
+KEYS = (
+    "name, vmm, kernel, initrd, bios, params, memory_mib, cpus, disks, net, shared_dirs, vsock, "
+    "protected, balloon, gdb_port, collect"
+)
 DISK_KEYS = "writable, image, id, direct"
 
 
@@ -86,6 +98,12 @@ def test_defaults(make: Maker) -> None:
         "memory_mib": 256,
         "cpus": 1,
         "disks": [],
+        "net": [],
+        "shared_dirs": [],
+        "vsock": None,
+        "protected": False,
+        "balloon": True,
+        "gdb_port": None,
         "collect": "manual",
     }
     assert config.kernel is not None
@@ -112,6 +130,14 @@ def test_defaults(make: Maker) -> None:
         ("cpus", 1),
         ("cpus", host_cpus()),
         ("disks", []),
+        ("net", []),
+        ("shared_dirs", []),
+        ("vsock", True),
+        ("vsock", False),
+        ("protected", True),
+        ("balloon", False),
+        ("gdb_port", 1),
+        ("gdb_port", 65535),
         ("collect", "manual"),
         ("collect", "on-death"),
     ],
@@ -236,6 +262,14 @@ def test_config_is_frozen(make: Maker) -> None:
         ("cpus", "1", "should be a valid integer, not '1'"),
         ("disks", {}, "should be a valid list"),
         ("disks", "/disk", "should be a valid list, not '/disk'"),
+        ("net", {}, "should be a valid list"),
+        ("shared_dirs", "/", "should be a valid list, not '/'"),
+        ("vsock", 1, "should be a valid boolean, not 1"),
+        ("protected", "yes", "should be a valid boolean, not 'yes'"),
+        ("balloon", 0, "should be a valid boolean, not 0"),
+        ("gdb_port", 0, "should be greater than or equal to 1, not 0"),
+        ("gdb_port", 65536, "should be less than or equal to 65535, not 65536"),
+        ("gdb_port", True, "should be a valid integer, not True"),
         ("collect", "", "should be 'manual' or 'on-death', not ''"),
         ("collect", "always", "should be 'manual' or 'on-death', not 'always'"),
         ("collect", True, "should be 'manual' or 'on-death', not True"),
@@ -287,6 +321,195 @@ def test_too_many_disks_are_refused(make: Maker, number: int) -> None:
     assert said.startswith(f"disks: List should have at most {MAX_DISKS} items")
 
 
+# Network devices and shared directories
+
+
+Opener = Callable[[Maker], Handle]
+
+
+def _pipe(make: Maker) -> Handle:
+    make.fds += os.pipe()
+    return Handle(make.fds[-2])
+
+
+def _socket(make: Maker) -> Handle:
+    make.fds += [each.detach() for each in socket.socketpair()]
+    return Handle(make.fds[-1])
+
+
+def test_directory_is_shared_read_only_unless_said_otherwise(make: Maker) -> None:
+    shared = [
+        {"source": make.path("."), "tag": "one"},
+        {"source": make.path("."), "tag": "Two_2.x-y", "writable": True},
+    ]
+    config = make.parse(shared_dirs=shared)
+    assert [(each.source, each.tag, each.writable) for each in config.shared_dirs] == [
+        (str(make.directory), "one", False),
+        (str(make.directory), "Two_2.x-y", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"source": None}, "source: Field required"),
+        ({"source": "relative"}, "source: the path relative must be absolute"),
+        ({"source": "/proc/none"}, "source: /proc/none: No such file or directory"),
+        ({"source": "/etc/passwd"}, "source: /etc/passwd is not a directory"),
+        ({"source": 5}, "source: must be a path (s)"),
+        ({"tag": None}, "tag: Field required"),
+        ({"tag": ""}, "tag: String should match pattern"),
+        ({"tag": "a:b"}, "tag: String should match pattern"),
+        ({"tag": "a,b"}, "tag: String should match pattern"),
+        ({"tag": "x" * 36}, "tag: String should match pattern"),
+        ({"writable": 1}, "writable: should be a valid boolean, not 1"),
+        ({"cache": "no"}, "cache: unknown key; the keys are source, tag, writable"),
+    ],
+)
+def test_shared_directory_is_refused(make: Maker, change: dict[str, object], problem: str) -> None:
+    bad: dict[str, object] = {"source": "/", "tag": "tag", **change}
+    bad = {key: value for key, value in bad.items() if value is not None}
+    (said,) = make.refuse(shared_dirs=[bad])
+    assert said.startswith(f"shared_dirs[0].{problem}")
+
+
+def test_two_shared_directories_with_one_tag_are_refused(make: Maker) -> None:
+    shared = [{"source": "/", "tag": "tag"}, {"source": "/etc", "tag": "tag"}]
+    assert make.refuse(shared_dirs=shared) == ["shared_dirs: each must have a tag of its own"]
+
+
+@pytest.mark.parametrize(
+    ("net", "problem"),
+    [
+        ({}, "tap: Field required"),
+        ({"tap": 5}, "tap: must be an open tap device (h) or the name of one (s)"),
+        ({"tap": "none0"}, "tap: there is no network device none0"),
+        ({"tap": "lo"}, "tap: lo is not a tap device"),
+        ({"tap": "../net/lo"}, "tap: '../net/lo' is not the name of a network device"),
+        ({"tap": ".."}, "tap: '..' is not the name of a network device"),
+        ({"tap": ""}, "tap: '' is not the name of a network device"),
+        ({"tap": "x" * 16}, f"tap: '{'x' * 16}' is not the name of a network device"),
+    ],
+)
+def test_network_device_is_refused(make: Maker, net: dict[str, object], problem: str) -> None:
+    (said,) = make.refuse(net=[net])
+    assert said == f"net[0].{problem}"
+
+
+@pytest.mark.parametrize("opener", [_pipe, _socket, lambda make: make.handle()])
+def test_descriptor_that_is_no_tap_is_refused(make: Maker, opener: Opener) -> None:
+    assert make.refuse(net=[{"tap": opener(make)}]) == ["net[0].tap: it must be an open tap device"]
+
+
+@pytest.fixture
+def taps(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Every descriptor is a tap0, as far as the kernel tells; gives its flags, to be changed."""
+    answer = {"flags": 0x1002}
+
+    def tell(fd: int, request: int, into: bytearray) -> int:
+        assert request == 0x800454D2
+        into[:18] = b"tap0".ljust(16, b"\0") + answer["flags"].to_bytes(2, "little")
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", tell)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("mac", "kept"), [(None, None), ("02:00:5e:10:00:0F", "02:00:5e:10:00:0f")]
+)
+def test_descriptor_of_a_tap_is_taken(
+    make: Maker, taps: dict[str, int], mac: str | None, kept: str | None
+) -> None:
+    handle = make.handle()
+    config = make.parse(net=[{"tap": handle, **({"mac": mac} if mac else {})}])
+    (net,) = config.net
+    assert (net.tap.name, net.mac) == ("tap0", kept)
+    assert os.path.sameopenfile(net.tap.fd, handle.fd)
+    assert net.tap.fd != handle.fd
+    config.close()
+    assert net.tap.fd == -1
+
+
+def test_tun_device_is_refused(make: Maker, taps: dict[str, int]) -> None:
+    taps["flags"] = 0x1001
+    said = "net[0].tap: it must be a tap device, not a tun device"
+    assert make.refuse(net=[{"tap": make.handle()}]) == [said]
+
+
+@pytest.mark.parametrize(
+    ("mac", "says"),
+    [
+        ("", "String should match pattern"),
+        ("02:00:5e:10:00", "String should match pattern"),
+        ("02-00-5e-10-00-00", "String should match pattern"),
+        ("02:00:5e:10:00:0g", "String should match pattern"),
+        ("02:00:5e:10:00:00\n", "String should match pattern"),
+        ("02:00:5e:10:00:00,x=y", "String should match pattern"),
+        ("01:00:5e:10:00:00", "must be a unicast address"),
+        ("ff:ff:ff:ff:ff:ff", "must be a unicast address"),
+        (5, "should be a valid string, not 5"),
+    ],
+)
+def test_mac_is_refused(make: Maker, taps: dict[str, int], mac: object, says: str) -> None:
+    (said,) = make.refuse(net=[{"tap": make.handle(), "mac": mac}])
+    assert said.startswith("net[0].mac: ")
+    assert says in said
+
+
+@pytest.mark.parametrize(("key", "most"), [("net", MAX_NETS), ("shared_dirs", MAX_SHARED_DIRS)])
+def test_too_many_devices_are_refused(
+    make: Maker, taps: dict[str, int], key: str, most: int
+) -> None:
+    each: Callable[[int], dict[str, object]] = (
+        (lambda number: {"tap": make.handle()})
+        if key == "net"
+        else (lambda number: {"source": "/", "tag": str(number)})
+    )
+    assert len(getattr(make.parse(**{key: [each(n) for n in range(most)]}), key)) == most
+    (said,) = make.refuse(**{key: [each(n) for n in range(most + 1)]})
+    assert said.startswith(f"{key}: List should have at most {most} items")
+
+
+# What a disk image is
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (b"QFI\xfb\0\0\0\3", "qcow2"),
+        (b"QED\0", "QED"),
+        (b"KDMV\1\0\0\0", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"conectix", "VHD"),
+        (b"composite_disk\x1d", "composite"),
+        (b"\x3a\xff\x26\xed\1\0", "Android sparse"),
+    ],
+)
+@pytest.mark.parametrize("way", ["path", "handle"])
+def test_image_that_is_not_raw_is_refused(make: Maker, head: bytes, name: str, way: str) -> None:
+    """A guest could else write a head that makes the VMM open other files of the host."""
+    (make.directory / "disk").write_bytes(head + bytes(1000))
+    image = make.path("disk") if way == "path" else make.handle()
+    (said,) = make.refuse(disks=[{"image": image}])
+    assert said.startswith(f"disks[0].image: the image is {name}, and only raw ones are taken")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"\0QFI\xfb", b"qfi\xfb", b"QFI"])
+def test_raw_image_is_taken_whatever_is_in_it(make: Maker, content: bytes) -> None:
+    (make.directory / "disk").write_bytes(content)
+    (disk,) = make.parse(disks=[{"image": make.path("disk")}]).disks
+    assert disk.image.size == len(content)
+
+
+def test_heads_matter_for_disks_only(make: Maker) -> None:
+    (make.directory / "kernel").write_bytes(b"QFI\xfb")
+    assert make.parse().kernel is not None
+
+
+# Keys that only make sense together
+
+
 def test_empty_config_is_refused(make: Maker) -> None:
     assert make.refuse(kernel=None) == ["kernel: a kernel (or else a bios) is required"]
 
@@ -301,19 +524,6 @@ def test_what_goes_with_a_kernel_does_not_go_with_a_bios(make: Maker) -> None:
         "initrd: goes only with a kernel, not with a bios",
         "params: goes only with a kernel, not with a bios",
     ]
-
-
-Opener = Callable[[Maker], Handle]
-
-
-def _pipe(make: Maker) -> Handle:
-    make.fds += os.pipe()
-    return Handle(make.fds[-2])
-
-
-def _socket(make: Maker) -> Handle:
-    make.fds += [each.detach() for each in socket.socketpair()]
-    return Handle(make.fds[-1])
 
 
 NO_FILE = "it must be a regular file or a block device"

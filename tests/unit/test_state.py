@@ -11,24 +11,33 @@ from vmbus.model.state import ALIVE, OVER, TRANSITIONS, Event, State, after
 
 # One row a state, one column an event; "." is InvalidState.
 GRID = """
-               START     ANSWERED  SUSPEND    RESUME   STOP      EXITED  REMOVE
-not-started    starting  .         .          .        .         .       not-started
-starting       .         running   .          .        starting  failed  .
-running        .         .         suspended  .        stopping  dead    .
-suspended      .         .         .          running  stopping  dead    .
-stopping       .         .         .          .        stopping  dead    .
-dead           .         .         .          .        .         .       dead
-failed         .         .         .          .        .         .       failed
+               START     ANSWERED  SUSPEND    RESUME   ADJUST     RESIZE
+not-started    starting  .         .          .        .          .
+starting       .         running   .          .        .          .
+running        .         .         suspended  .        running    running
+suspended      .         .         .          running  suspended  suspended
+stopping       .         .         .          .        .          .
+dead           .         .         .          .        .          .
+failed         .         .         .          .        .          .
+
+               STOP      EXITED  REMOVE
+not-started    .         .       not-started
+starting       starting  failed  .
+running        stopping  dead    .
+suspended      stopping  dead    .
+stopping       stopping  dead    .
+dead           .         .       dead
+failed         .         .       failed
 """
 
 
 def _grid() -> dict[tuple[str, str], str]:
-    head, *rows = (line.split() for line in GRID.strip().splitlines())
-    return {
-        (state, event): cell
-        for state, *cells in rows
-        for event, cell in zip(head, cells, strict=True)
-    }
+    found = {}
+    for half in GRID.strip().split("\n\n"):
+        head, *rows = (line.split() for line in half.splitlines())
+        for state, *cells in rows:
+            found |= {(state, event): cell for event, cell in zip(head, cells, strict=True)}
+    return found
 
 
 EXPECTED = _grid()
@@ -76,6 +85,16 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
         ),
         (State.DEAD, Event.RESUME, "a VM that is dead can't be resumed; it must be suspended"),
         (State.FAILED, Event.SUSPEND, "a VM that is failed can't be suspended; it must be running"),
+        (
+            State.STARTING,
+            Event.ADJUST,
+            "a VM that is starting can't have its memory changed; it must be running or suspended",
+        ),
+        (
+            State.DEAD,
+            Event.RESIZE,
+            "a VM that is dead can't have a disk resized; it must be running or suspended",
+        ),
     ],
 )
 def test_refusal_names_the_state_and_where_it_would_be_right(

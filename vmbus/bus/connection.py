@@ -95,8 +95,10 @@ class Connection:
     ) -> Message:
         """Call a method and return its reply, whose descriptors are then the caller's.
 
+        Those that are sent may be closed as soon as this returns or raises, whatever the reason.
         Raises RemoteError for an error reply, TimeoutError, ConnectionError or WireError.
         """
+        lent = [os.dup(fd) for fd in fds]
         message = Message(
             destination=destination,
             path=path,
@@ -105,11 +107,12 @@ class Connection:
             signature=signature,
             body=body,
             flags=flags,
-            fds=fds,
+            fds=lent,
         )
+        answer: Message | None = None
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         try:
-            self.send(message)
+            self._lend(message, lent)
             if self.closed.done():
                 raise ConnectionResetError("the connection to the bus is closed")
             self._replies[message.serial] = reply
@@ -119,11 +122,21 @@ class Connection:
             raise TimeoutError(f"{destination} did not answer within {timeout:g} s") from None
         finally:
             self._replies.pop(message.serial, None)
+            if answer is None and reply.done() and not reply.cancelled() and not reply.exception():
+                # It came in the very moment in which the call was given up.
+                _close_all(reply.result().fds)
         if answer.kind is Kind.ERROR:
             _close_all(answer.fds)
             text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
             raise RemoteError(answer.error_name or "org.freedesktop.DBus.Error.Failed", text)
         return answer
+
+    def _lend(self, message: Message, fds: Sequence[int]) -> None:
+        try:
+            self.send(message, sent=lambda: _close_all(fds))
+        except WireError:
+            _close_all(fds)
+            raise
 
     async def call_bus(self, member: str, signature: str, body: Sequence[Any]) -> Sequence[Any]:
         """Call the bus itself and return what it answers."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import InvalidArgs, PropertyReadOnly, UnknownProperty
 from ..files import Handle
-from ..model.machine import Machine, Requester
+from ..model.identity import Requester
+from ..model.machine import Machine
 from ..model.registry import Registry
 from ..settings import Settings
 from .contract import (
@@ -147,6 +148,26 @@ async def _kill(call: Call) -> Reply:
     return ()
 
 
+async def _suspend(call: Call) -> Reply:
+    await call.machine.suspend()
+    return ()
+
+
+async def _resume(call: Call) -> Reply:
+    await call.machine.resume()
+    return ()
+
+
+async def _set_memory_target(call: Call) -> Reply:
+    await call.machine.set_memory_target(call.args[0])
+    return ()
+
+
+async def _resize_disk(call: Call) -> Reply:
+    await call.machine.resize_disk(*call.args)
+    return ()
+
+
 async def _wait(call: Call) -> Reply:
     reason, status = await call.machine.wait()
     return str(reason), status
@@ -175,9 +196,15 @@ def _property(call: Call, interface: str, name: str) -> Variant:
     return exported.get(name)
 
 
-def _get(call: Call) -> Reply:
+def _get(call: Call) -> Reply | Awaitable[Reply]:
     interface, name = call.args
-    return (_property(call, interface, name),)
+    value = _property(call, interface, name)
+    return _ask_memory(call) if name == "MemoryActual" else (value,)
+
+
+async def _ask_memory(call: Call) -> Reply:
+    """The one property that only the VMM knows."""
+    return (Variant("t", await call.machine.ask_memory()),)
 
 
 def _get_all(call: Call) -> Reply:
@@ -216,6 +243,10 @@ TABLE: Mapping[tuple[str, str], Method] = {
     (VIRTUAL_MACHINE, "Start"): Method(Access.MANAGE, _start),
     (VIRTUAL_MACHINE, "Stop"): Method(Access.MANAGE, _stop),
     (VIRTUAL_MACHINE, "Kill"): Method(Access.MANAGE, _kill),
+    (VIRTUAL_MACHINE, "Suspend"): Method(Access.MANAGE, _suspend),
+    (VIRTUAL_MACHINE, "Resume"): Method(Access.MANAGE, _resume),
+    (VIRTUAL_MACHINE, "SetMemoryTarget"): Method(Access.MANAGE, _set_memory_target),
+    (VIRTUAL_MACHINE, "ResizeDisk"): Method(Access.MANAGE, _resize_disk),
     (VIRTUAL_MACHINE, "Wait"): Method(Access.READ, _wait),
     (VIRTUAL_MACHINE, "Remove"): Method(Access.MANAGE, _remove),
     (VIRTUAL_MACHINE, "OpenConsole"): Method(Access.MANAGE, _open_console),

@@ -40,6 +40,7 @@ _VM_PROPERTIES: Mapping[str, Callable[[Machine], Any]] = {
     "Name": lambda vm: vm.identity.name,
     "CID": lambda vm: vm.identity.cid,
     "VMM": lambda vm: vm.vmm,
+    "Protected": lambda vm: vm.config.protected,
     "MemoryMiB": lambda vm: vm.config.memory_mib,
     "CPUs": lambda vm: vm.config.cpus,
     "State": lambda vm: str(vm.state),
@@ -53,6 +54,7 @@ _VM_PROPERTIES: Mapping[str, Callable[[Machine], Any]] = {
     "DeathReason": lambda vm: str(vm.reason or ""),
     "ExitStatus": lambda vm: vm.status,
     "LastWords": lambda vm: vm.last_words,
+    "MemoryActual": lambda vm: vm.memory_actual,
 }
 #: Attributes of a VM that change, and the properties that show them.
 _SHOWN_AS = {
@@ -63,6 +65,7 @@ _SHOWN_AS = {
     "reason": "DeathReason",
     "status": "ExitStatus",
     "last_words": "LastWords",
+    "memory_actual": "MemoryActual",
 }
 
 

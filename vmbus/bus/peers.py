@@ -10,7 +10,8 @@ from collections import OrderedDict
 from typing import Any, Protocol
 
 from ..errors import AccessDenied, VMBusError
-from ..model.machine import Machine, Requester
+from ..model.identity import Requester
+from ..model.machine import Machine
 from .connection import Connection, RemoteError
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 from pathlib import Path
 
@@ -79,6 +80,7 @@ class Console:
         self._log = log
         self._vmm: socket.socket | None = None
         self._readers: set[socket.socket] = set()
+        self._silent: set[socket.socket] = set()
         self._input = b""
 
     def plug(self) -> socket.socket:
@@ -144,12 +146,20 @@ class Console:
         except OSError:
             data = b""
         if not data:
-            self._detach(reader)
+            self._no_more_input(reader)
             return
         if self._vmm is None:
             return
         self._input += data
         self._to_guest()
+
+    def _no_more_input(self, reader: socket.socket) -> None:
+        """A reader that has nothing more to say may still want to listen."""
+        if _hung_up(reader):
+            self._detach(reader)
+        else:
+            self._silent.add(reader)
+            self._loop.remove_reader(reader.fileno())
 
     def _to_guest(self) -> None:
         """Write what readers typed; while the guest doesn't take it, nobody's typing is read."""
@@ -166,11 +176,12 @@ class Console:
             for reader in self._readers:
                 self._loop.remove_reader(reader.fileno())
         elif self._loop.remove_writer(self._vmm.fileno()):
-            for reader in self._readers:
+            for reader in self._readers - self._silent:
                 self._loop.add_reader(reader.fileno(), self._from_reader, reader)
 
     def _detach(self, reader: socket.socket) -> None:
         self._readers.discard(reader)
+        self._silent.discard(reader)
         self._loop.remove_reader(reader.fileno())
         reader.close()
 
@@ -180,3 +191,10 @@ class Console:
             self._loop.remove_writer(self._vmm.fileno())
             self._vmm.close()
             self._vmm = None
+
+
+def _hung_up(stream: socket.socket) -> bool:
+    """Whether the other end is closed altogether, not only for what it would say."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return bool(poll.poll(0))

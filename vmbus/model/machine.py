@@ -1,4 +1,4 @@
-"""One VM: its config, its state, its process, and what can be done with it.
+"""One VM: its config, its state, its run, and what can be done with it.
 
 What can be decided is decided before the first await of each verb, so that of two calls at once
 exactly one wins; everything that follows from a decision happens in one task, `_live`, from Start
@@ -8,73 +8,37 @@ to death. Nothing here knows of the bus: an observer is told, and tells everybod
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import shutil
-import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-from ..errors import InvalidState, NoSuchVM, StartFailed, VMBusError
+from ..errors import InvalidArgs, InvalidState, NoSuchVM, NotSupported, StartFailed, VMBusError
 from ..guest.console import BoundedLog, Console
-from ..reasons import Reason, death_reason
+from ..reasons import ORDERLY, Reason, death_reason
 from ..settings import Settings
-from ..spec import VMConfig
-from ..vmm.base import Command, Control, Driver, Launch
-from ..vmm.process import Process
+from ..spec import MIN_MEMORY_MIB, VMConfig
+from ..vmm.base import Control, Driver, Launch
+from ..vmm.run import Ending, Run
+from .identity import Identity, Observer
 from .state import ALIVE, OVER, Event, State, after
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: The exit status of a VMM that could not be executed, as shells have it.
-NOT_EXECUTED = 127
 #: Seconds that a VMM which is out of time gets to end by its own stop before SIGKILL.
 _GRACE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Requester:
-    """Who called Create, as the bus vouches for it. `sid` is empty where there is no label."""
-
-    uid: int
-    pid: int = 0
-    sid: str = ""
-
-
-class Observer(Protocol):
-    """Who is told of changes, in the order in which they happen."""
-
-    def added(self, vm: Machine) -> None:
-        """The VM exists."""
-
-    def changed(self, vm: Machine, names: Sequence[str]) -> None:
-        """These attributes of the VM have new values."""
-
-    def died(self, vm: Machine) -> None:
-        """The VM is dead or failed, and `changed` has said so."""
-
-    def removed(self, vm: Machine) -> None:
-        """The VM exists no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a VM is called, for as long as it exists."""
-
-    id: int
-    name: str
-    cid: int
-    directory: Path
-    requester: Requester
+#: Seconds that a reader waits for a VMM to say how much memory its guest has.
+_ASK_MEMORY = 1.0
+_SECTOR = 512
 
 
 class Machine:
-    """One VM. Timestamps are microseconds since the epoch, 0 before."""
+    """One VM. Timestamps are microseconds since the epoch, 0 before; memory is in bytes.
+
+    vsock: whether its guest gets a vsock device. kvm: whether KVM is usable.
+    """
 
     def __init__(
         self,
@@ -85,6 +49,7 @@ class Machine:
         observer: Observer,
         *,
         kvm: bool,
+        vsock: bool = False,
     ) -> None:
         self.identity = identity
         self.config = config
@@ -97,16 +62,18 @@ class Machine:
         self.reason: Reason | None = None
         self.status = 0
         self.last_words = ""
-        self._driver = driver
+        self.memory_actual = 0
         self._settings = settings
         self._observer = observer
         self._kvm = kvm
+        self._vsock = vsock
         self._temporary = identity.directory / "tmp"
-        self._log = BoundedLog(identity.directory / "console.log", settings.console_log_bytes)
-        self._console = Console(self._log)
-        self._process: Process | None = None
-        self._command: Command | None = None
-        self._control: Control | None = None
+        self._console = Console(
+            BoundedLog(identity.directory / "console.log", settings.console_log_bytes)
+        )
+        self._disk_sizes = [disk.image.size for disk in config.disks]
+        self._run = Run(driver)
+        self._turn = asyncio.Lock()
         self._asked_for: Reason | None = None
         self._killed_for: Reason | None = None
         self._life: asyncio.Task[None] | None = None
@@ -120,7 +87,7 @@ class Machine:
         """Whether a VMM runs for it, or is about to."""
         return self.state in ALIVE
 
-    # Verbs
+    # Beginning and end
 
     async def start(self) -> None:
         """Spawn the VMM; return when it answers. Raises InvalidState or StartFailed."""
@@ -134,6 +101,7 @@ class Machine:
         """End the VM in good order, or else, when `timeout` (s) is over, by force."""
         if self.state in OVER:
             return
+        suspended = self.state is State.SUSPENDED
         self._change(Event.STOP)
         if self.state is State.STARTING:
             await self.kill(reason)
@@ -141,9 +109,11 @@ class Machine:
         self._asked_for = self._asked_for or reason
         try:
             async with asyncio.timeout(timeout):
-                assert self._control is not None
-                if not await self._obeyed(self._control.power_button()):
-                    await self._obeyed(self._control.quit())
+                control = self._answering()
+                if suspended:
+                    await self._obeyed(control.resume())
+                if not await self._obeyed(control.power_button()):
+                    await self._obeyed(control.quit())
                 await self._gone.wait()
         except TimeoutError:
             await self._end_by_force(Reason.KILLED if reason is Reason.STOPPED else reason)
@@ -152,7 +122,7 @@ class Machine:
         """End the VMM at once; return when the VM is dead. Nothing to do when it isn't alive."""
         if self.state not in ALIVE:
             return
-        if self._process is None or self._process.kill():
+        if self._run.kill():
             self._killed_for = self._killed_for or reason
         await self._gone.wait()
 
@@ -171,6 +141,57 @@ class Machine:
         shutil.rmtree(self.identity.directory, ignore_errors=True)
         self._gone.set()
 
+    # While it runs: one request at a time, each decided when its turn comes
+
+    async def suspend(self) -> None:
+        """Stop the vCPUs. Raises InvalidState, ControlFailed or TimedOut."""
+        await self._ask(Event.SUSPEND, lambda control: control.suspend())
+
+    async def resume(self) -> None:
+        """Let the vCPUs go on. Raises InvalidState, ControlFailed or TimedOut."""
+        await self._ask(Event.RESUME, lambda control: control.resume())
+
+    async def set_memory_target(self, size: int) -> None:
+        """Have the balloon leave the guest `size` bytes. Raises InvalidArgs, NotSupported, …"""
+        after(self.state, Event.ADJUST)
+        if not self.config.balloon:
+            raise NotSupported("this VM was created without a balloon")
+        least, most = MIN_MEMORY_MIB << 20, self.config.memory_mib << 20
+        if not least <= size <= most:
+            raise InvalidArgs(f"the guest can have {least} to {most} bytes, not {size}")
+        await self._ask(Event.ADJUST, lambda control: control.set_memory(size))
+        self._change(memory_actual=self.memory_actual)
+
+    async def resize_disk(self, index: int, size: int) -> None:
+        """Grow a disk to `size` bytes. Raises InvalidArgs, NotSupported, InvalidState, …"""
+        after(self.state, Event.RESIZE)
+        if index >= len(self.config.disks):
+            raise InvalidArgs(f"there is no disk {index}; the VM has {len(self.config.disks)}")
+        if not self.config.disks[index].writable:
+            raise NotSupported(f"disk {index} is read-only")
+        if size % _SECTOR:
+            raise InvalidArgs(f"a disk's size must be a multiple of {_SECTOR} bytes")
+
+        async def grow(control: Control) -> None:
+            if size <= self._disk_sizes[index]:
+                now = self._disk_sizes[index]
+                raise InvalidArgs(f"a disk can only grow; it has {now} bytes already")
+            await control.resize_disk(index, size)
+            self._disk_sizes[index] = size
+
+        await self._ask(Event.RESIZE, grow)
+
+    async def ask_memory(self) -> int:
+        """How many bytes the guest has now; what was last known where the VMM doesn't say."""
+        control = self._run.control
+        if control is not None and self.state not in OVER:
+            try:
+                async with asyncio.timeout(_ASK_MEMORY):
+                    self.memory_actual = await control.memory()
+            except (VMBusError, TimeoutError) as error:
+                log.debug("VM %s: its memory is not known: %s", self.identity.name, error)
+        return self.memory_actual
+
     def open_console(self) -> int:
         """A stream socket joined to the console, the caller's to close. Raises InvalidState."""
         if self.state in OVER:
@@ -185,26 +206,20 @@ class Machine:
 
     async def _live(self) -> None:
         """From Start to death: the only place that learns how a VMM began and how it ended."""
-        status, words = NOT_EXECUTED, ""
+        words = ""
         try:
-            self._process = await self._spawn()
-            self.config.close()
-            self._change(pid=self._process.pid)
-            words = await self._until_it_answers(self._process)
-            status = await self._process.exited
-        except _KilledEarly:
-            status = -signal.SIGKILL
+            words = await self._begin()
         except OSError as error:
             words = f"could not be started: {error.strerror or error}"
         except Exception:
             log.exception("VM %s: internal error", self.identity.name)
             words = "internal error"
-            if self._process is not None:
-                self._process.kill()
-                status = await self._process.exited
-        await self._end(status, words)
+            if self._run.pid:
+                self._run.kill()
+        self._end(await self._run.ends(), words)
 
-    async def _spawn(self) -> Process:
+    async def _begin(self) -> str:
+        """Spawn the VMM and wait for its first answer. Returns why none came, where it doesn't."""
         self._temporary.mkdir(mode=0o700)
         launch = Launch(
             name=self.identity.name,
@@ -213,68 +228,40 @@ class Machine:
             directory=self._temporary,
             console=self._console.plug().detach(),
             kvm=self._kvm,
+            vsock=self._vsock,
+            control_timeout=self._settings.control_timeout,
         )
-        try:
-            # In a thread, since files may have to be copied, from wherever they are.
-            self._command = await asyncio.to_thread(self._driver.prepare, launch)
-            with contextlib.closing(self._command):
-                if self._killed_for is not None:
-                    raise _KilledEarly
-                return Process.spawn(self._command.argv, self._command.inherit)
-        finally:
-            os.close(launch.console)
-
-    async def _until_it_answers(self, process: Process) -> str:
-        """Wait for the VMM's first answer, or its end. Returns why it never answered, if so."""
-        assert self._command is not None
-        answer = asyncio.ensure_future(self._command.connect())
-        either: set[asyncio.Future[Any]] = {answer, process.exited}
-        await asyncio.wait(
-            either,
-            timeout=self._settings.start_timeout,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if not answer.done():
-            answer.cancel()
-            await asyncio.wait({answer})
-            if process.exited.done():
-                return ""
-            process.kill()
-            return f"did not answer in {self._settings.start_timeout:g} s"
-        try:
-            self._control = answer.result()
-        except (Exception, asyncio.CancelledError) as error:
-            # A VMM hangs up before it ends, and its own last words are better than ours.
-            await asyncio.wait({process.exited}, timeout=_GRACE)
-            process.kill()
-            if isinstance(error, VMBusError):
-                return str(error)
-            log.exception("VM %s: internal error", self.identity.name)
-            return "internal error"
-        if not process.exited.done():
-            self._change(Event.ANSWERED, started=_now())
+        if not await self._run.spawn(launch):
+            return "ended before it was started"
+        self.config.close()
+        self._change(pid=self._run.pid)
+        words = await self._run.until_it_answers(self._settings.start_timeout)
+        if self._run.control is not None:
+            self._run.control.watch_memory(lambda size: self._change(memory_actual=size))
+            memory = self.config.memory_mib << 20
+            self._change(Event.ANSWERED, started=_now(), memory_actual=memory)
             self._answered.set()
-        return ""
+        return words
 
-    async def _end(self, status: int, words: str) -> None:
-        """The VMM is gone: find out why, tell everybody in the promised order, clean up."""
-        told = await self._told()
-        stderr = self._process.stderr_tail() if self._process is not None else ""
+    def _end(self, ending: Ending, words: str) -> None:
+        """The VMM is gone: tell everybody, in the promised order, and clean up."""
         self._console.close()
         reason = death_reason(
-            status,
-            told=told or self._call(self._driver.told_by, status, stderr),
+            ending.status,
+            told=ending.told,
             ran=self.started > 0,
             asked_for=self._asked_for,
             killed_for=self._killed_for,
         )
+        said = ending.words or words or _obituary(ending.status)
         self._change(
             Event.EXITED,
             reason=reason,
-            status=status,
+            status=ending.status,
             pid=0,
             died=_now(),
-            last_words=self._call(self._driver.last_words, stderr) or words or _obituary(status),
+            last_words="" if self.started and reason in ORDERLY else said,
+            memory_actual=0,
         )
         self._call(self._observer.died, self)
         self._answered.set()
@@ -306,6 +293,17 @@ class Machine:
         if names:
             self._call(self._observer.changed, self, names)
 
+    def _answering(self) -> Control:
+        assert self._run.control is not None
+        return self._run.control
+
+    async def _ask(self, event: Event, request: Callable[[Control], Awaitable[None]]) -> None:
+        """Ask the VMM for what an event says, if the state still allows it, then tell of it."""
+        async with self._turn:
+            after(self.state, event)
+            await request(self._answering())
+            self._change(event)
+
     async def _obeyed(self, request: Awaitable[None]) -> bool:
         try:
             await request
@@ -317,25 +315,13 @@ class Machine:
         return False
 
     async def _end_by_force(self, reason: Reason) -> None:
-        assert self._control is not None
         self._killed_for = self._killed_for or reason
         try:
             async with asyncio.timeout(_GRACE):
-                await self._obeyed(self._control.quit())
+                await self._obeyed(self._answering().quit())
                 await self._gone.wait()
         except TimeoutError:
             await self.kill(reason)
-
-    async def _told(self) -> Reason | None:
-        try:
-            return None if self._control is None else await self._control.aclose()
-        except Exception:
-            log.exception("VM %s: its end could not be asked for", self.identity.name)
-            return None
-
-
-class _KilledEarly(Exception):
-    """Kill came while the VMM was being made ready."""
 
 
 def _obituary(status: int) -> str:

@@ -15,7 +15,8 @@ from ..settings import Settings
 from ..spec import VMConfig, parse_config
 from ..vmm.base import Driver
 from ..vmm.host import Host
-from .machine import Identity, Machine, Observer, Requester
+from .identity import Identity, Observer, Requester
+from .machine import Machine
 
 FIRST_CID = 2048
 LAST_CID = 65535
@@ -102,7 +103,7 @@ class Registry:
         files = FilePolicy(self._image_directories)
         config = await asyncio.to_thread(parse_config, raw, files)
         try:
-            driver = await self._host.driver(config.vmm)
+            driver = await self._host.driver(config)
             kvm = not await self._host.kvm_problem()
             return self._add(config, requester, driver, kvm=kvm)
         except BaseException:
@@ -124,7 +125,8 @@ class Registry:
             self._cids.free(cid)
             raise VMBusError(f"no directory for the VM: {error.strerror}") from error
         identity = Identity(id, config.name or f"vm-{id}", cid, directory, requester)
-        vm = Machine(identity, config, driver, self._settings, self._observer, kvm=kvm)
+        vsock = self._host.vsock if config.vsock is None else config.vsock
+        vm = Machine(identity, config, driver, self._settings, self._observer, kvm=kvm, vsock=vsock)
         vm.on_death = self._on_death
         self._machines[id] = self._by_name[identity.name] = self._by_cid[cid] = vm
         self._observer.added(vm)

@@ -26,6 +26,8 @@ class Event(enum.Enum):
     ANSWERED = "begin to run"
     SUSPEND = "be suspended"
     RESUME = "be resumed"
+    ADJUST = "have its memory changed"
+    RESIZE = "have a disk resized"
     STOP = "be stopped"
     EXITED = "end"
     REMOVE = "be removed"
@@ -37,6 +39,10 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STARTING, Event.EXITED): State.FAILED,
     (State.STARTING, Event.STOP): State.STARTING,
     (State.RUNNING, Event.SUSPEND): State.SUSPENDED,
+    (State.RUNNING, Event.ADJUST): State.RUNNING,
+    (State.SUSPENDED, Event.ADJUST): State.SUSPENDED,
+    (State.RUNNING, Event.RESIZE): State.RUNNING,
+    (State.SUSPENDED, Event.RESIZE): State.SUSPENDED,
     (State.RUNNING, Event.STOP): State.STOPPING,
     (State.RUNNING, Event.EXITED): State.DEAD,
     (State.SUSPENDED, Event.RESUME): State.RUNNING,

@@ -17,8 +17,6 @@ from ..spec import VMConfig
 
 #: The control socket's name in a VM's directory of temporary files.
 CONTROL_SOCKET = "control"
-#: Seconds that a VMM has to answer one request in.
-CONTROL_TIMEOUT = 10.0
 _COPY_CHUNK = 1 << 24
 
 
@@ -27,7 +25,8 @@ class Launch:
     """What a driver needs to know to start one VM.
 
     directory: the VM's own, for temporary files. console: the VMM's end of the console, a stream
-    socket, lent for the launch. kvm: whether KVM is usable.
+    socket, lent for the launch. kvm: whether KVM is usable. vsock: whether the guest gets a vsock.
+    control_timeout: how long the VMM may take to answer a request, in seconds.
     """
 
     name: str
@@ -36,6 +35,8 @@ class Launch:
     directory: Path
     console: int
     kvm: bool
+    vsock: bool
+    control_timeout: float
 
 
 class Control(Protocol):
@@ -47,8 +48,34 @@ class Control(Protocol):
     async def quit(self) -> None:
         """Ask the VMM to end at once, in good order."""
 
+    async def suspend(self) -> None:
+        """Stop the vCPUs."""
+
+    async def resume(self) -> None:
+        """Let the vCPUs go on."""
+
+    async def set_memory(self, size: int) -> None:
+        """Have the balloon leave the guest `size` bytes; it takes the guest's time."""
+
+    async def memory(self) -> int:
+        """How many bytes the guest has now."""
+
+    def watch_memory(self, changed: Callable[[int], None]) -> None:
+        """Call `changed` with what the guest has whenever the VMM tells that it changed."""
+
+    async def resize_disk(self, index: int, size: int) -> None:
+        """Grow a disk's file to `size` bytes, then tell the guest."""
+
     async def aclose(self) -> Reason | None:
         """Let go of the VMM, which has ended, and tell what it said of its end, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Helper:
+    """A program beside the VMM: its argument vector and the descriptors it inherits."""
+
+    argv: list[str]
+    inherit: list[int]
 
 
 @dataclass(slots=True)
@@ -62,6 +89,8 @@ class Command:
     argv: list[str]
     connect: Callable[[], Awaitable[Control]]
     inherit: list[int] = field(default_factory=list)
+    #: Programs that the VMM needs beside it, to be started before it and ended after it.
+    helpers: list[Helper] = field(default_factory=list)
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def pass_fd(self, fd: int) -> str:
@@ -84,6 +113,9 @@ class Driver(Protocol):
 
     name: str
 
+    def unsupported(self, config: VMConfig) -> list[str]:
+        """What of a config this VMM can't do on this host, and why. May block."""
+
     def prepare(self, launch: Launch) -> Command:
         """Make ready what the VMM needs. May block: runs in a worker thread. Raises OSError."""
 
@@ -94,12 +126,12 @@ class Driver(Protocol):
         """The line of its stderr that says best why it ended, or an empty string."""
 
 
-def listen(directory: Path, kind: socket.SocketKind) -> socket.socket:
-    """Bind the control socket before the VMM exists, so that connecting to it never fails."""
+def listen(directory: Path, kind: socket.SocketKind, name: str = CONTROL_SOCKET) -> socket.socket:
+    """Bind a socket before whoever serves it exists, so that connecting to it never fails."""
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        with _short_path(directory) as path:
-            sock.bind(path)
+        with short_path(directory) as path:
+            sock.bind(f"{path}/{name}")
         sock.listen(4)
     except BaseException:
         sock.close()
@@ -112,8 +144,9 @@ async def connect(directory: Path, kind: socket.SocketKind) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, kind)
     sock.setblocking(False)
     try:
-        with _short_path(directory) as path:
-            await asyncio.get_running_loop().sock_connect(sock, path)
+        with short_path(directory) as path:
+            address = f"{path}/{CONTROL_SOCKET}"
+            await asyncio.get_running_loop().sock_connect(sock, address)
     except BaseException:
         sock.close()
         raise
@@ -121,11 +154,11 @@ async def connect(directory: Path, kind: socket.SocketKind) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _short_path(directory: Path) -> Iterator[str]:
-    """A name for the control socket that fits the kernel's 107 bytes, whatever the directory."""
+def short_path(directory: Path) -> Iterator[str]:
+    """A name of the directory that leaves room in the 107 bytes of a socket's path."""
     place = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{place}/{CONTROL_SOCKET}"
+        yield f"/proc/self/fd/{place}"
     finally:
         os.close(place)
 

@@ -11,13 +11,14 @@ import json
 import re
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ControlFailed, NotSupported, TimedOut
 from ..reasons import Reason
-from ..spec import Disk, VMConfig
-from .base import CONTROL_TIMEOUT, Command, Launch, connect, last_line, listen
+from ..spec import Disk, Net, VMConfig
+from .base import Command, Launch, connect, last_line, listen
 
 _REASONS = {
     0: Reason.SHUTDOWN,
@@ -37,6 +38,7 @@ _SAID = {
 }
 _FAREWELL = re.compile(r"exiting with ([a-z ]+)")
 _ENOTSUP = 95
+_ENOTCONN = 107
 _MAX_PACKET = 1 << 16
 _LOG_PREFIX = re.compile(r"^\[[^]]*\]\s*")
 _QUOTED = re.compile(r"[,\[\]\"\\]")
@@ -66,10 +68,23 @@ class Crosvm:
     def __init__(self, program: str) -> None:
         self._program = program
 
+    def unsupported(self, config: VMConfig) -> list[str]:
+        """See Driver.unsupported."""
+        problems = [
+            f"shared_dirs[{index}].writable: crosvm can't share a directory read-only"
+            for index, shared in enumerate(config.shared_dirs)
+            if not shared.writable
+        ]
+        if config.protected and not _protected_vms():
+            problems.append("protected: this host has no protected KVM")
+        if config.gdb_port is not None and config.cpus > 1:
+            problems.append("gdb_port: crosvm can debug a VM with one CPU only")
+        return problems
+
     def prepare(self, launch: Launch) -> Command:
         """See Driver.prepare."""
 
-        control = CrosvmControl(launch.directory)
+        control = CrosvmControl(launch)
         command = Command([], control.answers)
         try:
             listener = listen(launch.directory, socket.SOCK_SEQPACKET)
@@ -77,10 +92,15 @@ class Crosvm:
             command.argv = [self._program, "--extended-status", "--no-syslog", "run"]
             command.argv += [f"--socket={socket_path}", f"--name={launch.name}"]
             command.argv += _sandbox(launch.directory)
-            command.argv += _machine(launch.config)
+            command.argv += _machine(launch)
             command.argv += _console(command.pass_fd(launch.console))
             for disk in launch.config.disks:
                 command.argv.append(_block(disk, command.pass_fd(disk.image.fd)))
+            command.argv += [_net(net, command) for net in launch.config.net]
+            command.argv += [
+                f"--shared-dir={shared.source}:{shared.tag}:type=fs:cache=auto"
+                for shared in launch.config.shared_dirs
+            ]
             command.argv += _boot(launch.config, command)
         except BaseException:
             command.close()
@@ -115,13 +135,32 @@ def _sandbox(directory: Path) -> list[str]:
     return [f"--pivot-root={root}"]
 
 
-def _machine(config: VMConfig) -> list[str]:
-    return [
-        "--mem",
-        _options(size=config.memory_mib),
-        "--cpus",
-        _options(num_cores=config.cpus),
-    ]
+def _protected_vms() -> bool:
+    """Whether the host's KVM can keep a guest's memory from the host: arm64's pKVM."""
+    return "kvm-arm.mode=protected" in Path("/proc/cmdline").read_text().split()
+
+
+def _machine(launch: Launch) -> list[str]:
+    config = launch.config
+    machine = ["--mem", _options(size=config.memory_mib), "--cpus", _options(num_cores=config.cpus)]
+    if launch.vsock:
+        machine += ["--vsock", _options(cid=launch.cid)]
+    if not config.balloon:
+        machine.append("--no-balloon")
+    if config.protected:
+        machine.append("--protected-vm")
+    if config.gdb_port is not None:
+        machine.append(f"--gdb={config.gdb_port}")
+    return machine
+
+
+def _net(net: Net, command: Command) -> str:
+    if net.tap.fd < 0:
+        tap = _options(tap_name=_value(net.tap.name))
+    else:
+        command.pass_fd(net.tap.fd)
+        tap = _options(tap_fd=net.tap.fd)
+    return f"--net={tap}" + (f",mac={net.mac}" if net.mac else "")
 
 
 def _console(path: str) -> list[str]:
@@ -159,21 +198,23 @@ class CrosvmControl:
     never taken for the answer to the next.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, launch: Launch) -> None:
+        self._directory = launch.directory
+        self._memory = launch.config.memory_mib << 20
+        self._timeout = launch.control_timeout
 
     async def answers(self) -> CrosvmControl:
         """Wait, however long, for the first answer: the VM's loop runs."""
         await self._exchange("VcpuPidTid")
         return self
 
-    async def request(self, request: Any, *, timeout: float = CONTROL_TIMEOUT) -> Any:
+    async def request(self, request: Any) -> Any:
         """Send one request and return the reply. Raises ControlFailed, NotSupported, TimedOut."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(self._timeout):
                 return await self._exchange(request)
         except TimeoutError:
-            raise TimedOut(f"crosvm did not answer in {timeout:g} s") from None
+            raise TimedOut(f"crosvm did not answer in {self._timeout:g} s") from None
 
     async def _exchange(self, request: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -193,6 +234,36 @@ class CrosvmControl:
         """See Control.quit."""
         await self.request("Exit")
 
+    async def suspend(self) -> None:
+        """See Control.suspend."""
+        await self.request("SuspendVcpus")
+
+    async def resume(self) -> None:
+        """See Control.resume."""
+        await self.request("ResumeVcpus")
+
+    async def set_memory(self, size: int) -> None:
+        """See Control.set_memory: crosvm is told what the balloon takes, not what it leaves."""
+        adjust = {"num_bytes": self._memory - size, "wait_for_success": False}
+        await self.request({"BalloonCommand": {"Adjust": adjust}})
+
+    async def memory(self) -> int:
+        """See Control.memory."""
+        reply = await self.request({"BalloonCommand": "Stats"})
+        try:
+            taken = int(reply["BalloonStats"]["balloon_actual"])
+        except (KeyError, TypeError, ValueError):
+            raise ControlFailed("crosvm's answer has no size of the balloon") from None
+        return max(0, self._memory - taken)
+
+    def watch_memory(self, changed: Callable[[int], None]) -> None:
+        """See Control.watch_memory: crosvm never tells by itself."""
+
+    async def resize_disk(self, index: int, size: int) -> None:
+        """See Control.resize_disk."""
+        resize = {"disk_index": index, "command": {"Resize": {"new_size": size}}}
+        await self.request({"DiskCommand": resize})
+
     async def aclose(self) -> Reason | None:
         """See Control.aclose: crosvm says it by its exit code alone."""
         return None
@@ -208,6 +279,8 @@ def _reply(packet: bytes) -> Any:
     if isinstance(reply, dict) and "Err" in reply:
         if reply["Err"] == _ENOTSUP:
             raise NotSupported("crosvm can't do that with this VM")
+        if reply["Err"] == _ENOTCONN:
+            raise ControlFailed("the guest has no driver for that, or none yet")
         raise ControlFailed(f"crosvm answered with error {str(reply['Err'])[:50]}")
     if isinstance(reply, dict) and "ErrString" in reply:
         raise ControlFailed(f"crosvm answered: {str(reply['ErrString'])[:300]}")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
 
-from ..errors import VMMUnavailable
+from ..errors import NotSupported, VMMUnavailable
 from ..settings import Settings
+from ..spec import VMConfig
 from .base import Driver
 from .crosvm import Crosvm
 from .process import Process
 from .qemu import Qemu
+from .virtiofsd import DIRECTORIES as VIRTIOFSD_PLACES
+from .virtiofsd import Virtiofsd
 
 log = logging.getLogger(__name__)
 
+VSOCK_DEVICE = Path("/dev/vhost-vsock")
 _PROBE = Path(__file__).with_name("kvmprobe.py")
 #: Seconds for the whole probe; it gives itself less.
 _PROBE_TIMEOUT = 5.0
@@ -29,6 +34,11 @@ class Host:
         self._settings = settings
         self._crosvm = shutil.which(settings.crosvm)
         self._qemu = shutil.which(settings.qemu)
+        places = os.pathsep.join((os.environ.get("PATH", os.defpath), *VIRTIOFSD_PLACES))
+        virtiofsd = shutil.which(settings.virtiofsd, path=places)
+        self._virtiofsd = Virtiofsd(virtiofsd) if virtiofsd else None
+        #: Whether guests can have a vsock device.
+        self.vsock = VSOCK_DEVICE.exists()
         self._probing: asyncio.Task[str] | None = None
 
     async def kvm_problem(self) -> str:
@@ -40,38 +50,45 @@ class Host:
         return await asyncio.shield(self._probing)
 
     async def available(self) -> list[str]:
-        """The names of the VMMs that can be used."""
-        names = []
-        for choice in ("crosvm", "qemu"):
-            try:
-                names.append((await self.driver(choice)).name)
-            except VMMUnavailable:
-                continue
-        return names
+        """The names of the VMMs that can be used, best first."""
+        drivers, _ = await self._drivers("auto")
+        return [driver.name for driver in drivers]
 
-    async def driver(self, choice: str) -> Driver:
-        """The driver for a choice of Create's. Raises VMMUnavailable, saying what is missing."""
-        if choice == "auto":
-            return await self._best()
-        if choice == "crosvm":
+    async def driver(self, config: VMConfig) -> Driver:
+        """The first VMM of a config's choice that is there and can do all of it.
+
+        Raises VMMUnavailable or NotSupported, saying what is missing.
+        """
+        drivers, missing = await self._drivers(config.vmm)
+        if config.vsock and not self.vsock:
+            raise NotSupported(f"vsock: this host has no {VSOCK_DEVICE}")
+        unsupported = []
+        for driver in drivers:
+            problems = await asyncio.to_thread(driver.unsupported, config)
+            if not problems:
+                return driver
+            unsupported += problems
+        if unsupported:
+            raise NotSupported("; ".join(unsupported))
+        raise VMMUnavailable("; ".join(missing))
+
+    async def _drivers(self, choice: str) -> tuple[list[Driver], list[str]]:
+        """The VMMs that a choice allows and that are there, best first; and why others aren't."""
+        drivers: list[Driver] = []
+        missing = []
+        if choice in ("auto", "crosvm"):
             if self._crosvm is None:
-                raise VMMUnavailable(f"crosvm is not installed ({self._settings.crosvm})")
-            problem = await self.kvm_problem()
-            if problem:
-                raise VMMUnavailable(f"crosvm needs KVM: {problem}")
-            return Crosvm(self._crosvm)
-        if self._qemu is None:
-            raise VMMUnavailable(f"QEMU is not installed ({self._settings.qemu})")
-        return Qemu(self._qemu, self._settings.qemu_machine)
-
-    async def _best(self) -> Driver:
-        problems = []
-        for choice in ("crosvm", "qemu"):
-            try:
-                return await self.driver(choice)
-            except VMMUnavailable as error:
-                problems.append(str(error))
-        raise VMMUnavailable("; ".join(problems))
+                missing.append(f"crosvm is not installed ({self._settings.crosvm})")
+            elif problem := await self.kvm_problem():
+                missing.append(f"crosvm needs KVM: {problem}")
+            else:
+                drivers.append(Crosvm(self._crosvm))
+        if choice in ("auto", "qemu"):
+            if self._qemu is None:
+                missing.append(f"QEMU is not installed ({self._settings.qemu})")
+            else:
+                drivers.append(Qemu(self._qemu, self._settings.qemu_machine, self._virtiofsd))
+        return drivers, missing
 
     async def aclose(self) -> None:
         """End a probe that is under way."""

@@ -1,40 +1,17 @@
-"""QEMU: its command line, and its control by QMP."""
+"""QEMU: its command line."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import platform
 import socket
-from collections.abc import Iterable, Mapping
-from typing import Any
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
-
-from ..errors import ControlFailed, TimedOut
 from ..reasons import Reason
-from ..spec import Disk, VMConfig
-from .base import CONTROL_TIMEOUT, Command, Launch, connect, last_line, listen, readable_again
+from ..spec import Disk, Net, VMConfig
+from .base import Command, Launch, connect, last_line, listen, readable_again
+from .qmp import QemuControl
+from .virtiofsd import Virtiofsd
 
-#: Seconds that a VMM which has ended gets for its last events to be read.
-_LAST_EVENTS = 1.0
-#: A VMM that sends more than this is not telling how it ended.
-_MAX_EVENTS = 64
-_ENDS = ("SHUTDOWN", "GUEST_PANICKED", "WATCHDOG")
 _MICROVM_PARAMS = "reboot=t"
-_SHUTDOWN_REASONS = {
-    "guest-shutdown": Reason.SHUTDOWN,
-    "guest-reset": Reason.REBOOT,
-    "host-qmp-system-reset": Reason.REBOOT,
-    "subsystem-reset": Reason.REBOOT,
-    "guest-panic": Reason.GUEST_PANIC,
-    "host-qmp-quit": Reason.SHUTDOWN,
-    "host-error": Reason.CRASH,
-    "host-signal": Reason.SIGNAL,
-}
-
-# The library tells at length of every end of file; for us that is a VM's ordinary end.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class Qemu:
@@ -42,9 +19,12 @@ class Qemu:
 
     name = "qemu"
 
-    def __init__(self, program: str, machine: str = "auto") -> None:
+    def __init__(
+        self, program: str, machine: str = "auto", virtiofsd: Virtiofsd | None = None
+    ) -> None:
         self._program = program
         self._machine = machine
+        self._virtiofsd = virtiofsd
 
     def _is_microvm(self, launch: Launch) -> bool:
         """Whether the smallest machine fits: it has no firmware, and needs the clock of KVM.
@@ -56,12 +36,21 @@ class Qemu:
             return False
         return self._machine == "microvm" or (self._machine == "auto" and launch.kvm)
 
+    def unsupported(self, config: VMConfig) -> list[str]:
+        """See Driver.unsupported."""
+        problems = ["protected: QEMU can't do that; crosvm can"] if config.protected else []
+        if config.shared_dirs and self._virtiofsd is None:
+            problems.append("shared_dirs: virtiofsd is not installed, which QEMU needs for them")
+        elif self._virtiofsd is not None:
+            problems += self._virtiofsd.unsupported(config.shared_dirs)
+        return problems
+
     def prepare(self, launch: Launch) -> Command:
         """See Driver.prepare."""
 
         async def answer() -> QemuControl:
             sock = await connect(launch.directory, socket.SOCK_STREAM)
-            return await QemuControl.greet(sock)
+            return await QemuControl.greet(sock, launch.control_timeout)
 
         command = Command([], answer)
         try:
@@ -73,6 +62,11 @@ class Qemu:
             command.argv += _console(command, launch.console)
             for index, disk in enumerate(launch.config.disks):
                 command.argv += _disk(command, index, disk, bus)
+            for index, net in enumerate(launch.config.net):
+                command.argv += _net(command, index, net, bus)
+            command.argv += _extras(launch, bus)
+            if self._virtiofsd is not None:
+                command.argv += self._virtiofsd.share(launch, command, bus)
             command.argv += _boot(launch.config, command, microvm=microvm)
         except BaseException:
             command.close()
@@ -108,10 +102,8 @@ _BARE = [
 
 def _machine(launch: Launch, *, microvm: bool) -> list[str]:
     config = launch.config
-    if microvm:
-        machine = "microvm,acpi=on"
-    else:
-        machine = "q35" if platform.machine() == "x86_64" else "virt"
+    usual = "q35" if platform.machine() == "x86_64" else "virt"
+    machine = "microvm,acpi=on" if microvm else usual
     accel = "kvm" if launch.kvm else "tcg"
     return [
         "-name",
@@ -163,6 +155,34 @@ def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:
     ]
 
 
+def _net(command: Command, index: int, net: Net, bus: str) -> list[str]:
+    if net.tap.fd < 0:
+        backend = f"ifname={net.tap.name},script=no,downscript=no"
+    else:
+        command.pass_fd(net.tap.fd)
+        backend = f"fd={net.tap.fd}"
+    # There is no firmware that would boot from it, and its ROM is a package of its own.
+    rom = ",romfile=" if bus == "pci" else ""
+    mac = f",mac={net.mac}" if net.mac else ""
+    return [
+        "-netdev",
+        f"tap,id=net{index},{backend}",
+        "-device",
+        f"virtio-net-{bus},netdev=net{index}{mac}{rom}",
+    ]
+
+
+def _extras(launch: Launch, bus: str) -> list[str]:
+    extras = []
+    if launch.config.balloon:
+        extras += ["-device", f"virtio-balloon-{bus},id=balloon"]
+    if launch.vsock:
+        extras += ["-device", f"vhost-vsock-{bus},guest-cid={launch.cid}"]
+    if launch.config.gdb_port is not None:
+        extras += ["-gdb", f"tcp:127.0.0.1:{launch.config.gdb_port}"]
+    return extras
+
+
 def _boot(config: VMConfig, command: Command, *, microvm: bool) -> list[str]:
     if config.bios is not None:
         return ["-bios", readable_again(config.bios, command)]
@@ -174,70 +194,3 @@ def _boot(config: VMConfig, command: Command, *, microvm: bool) -> list[str]:
     # the caller says of it comes later on the line, and so goes first.
     params = f"{_MICROVM_PARAMS} {config.params}".rstrip() if microvm else config.params
     return [*boot, "-append", params] if params else boot
-
-
-class QemuControl:
-    """A QMP session with one QEMU."""
-
-    def __init__(self, client: QMPClient, events: EventListener) -> None:
-        self._client = client
-        self._events = events
-
-    @classmethod
-    async def greet(cls, sock: socket.socket) -> QemuControl:
-        """Open the session, which QEMU takes up once its machine runs. Raises ControlFailed."""
-        client = QMPClient()
-        events = EventListener(_ENDS, lambda _: len(events.history) < _MAX_EVENTS)
-        client.register_listener(events)
-        try:
-            await client.connect(sock)
-            return cls(client, events)
-        except QMPError as error:
-            raise ControlFailed(f"QEMU's control socket: {error}") from None
-
-    async def request(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Execute a QMP command. Raises ControlFailed or TimedOut."""
-        try:
-            async with asyncio.timeout(CONTROL_TIMEOUT):
-                return await self._client.execute(command, arguments)
-        except TimeoutError:
-            raise TimedOut(f"QEMU did not answer in {CONTROL_TIMEOUT:g} s") from None
-        except ExecuteError as error:
-            raise ControlFailed(f"QEMU answered: {str(error)[:300]}") from None
-        except QMPError as error:
-            raise ControlFailed(f"QEMU's control socket: {error}") from None
-
-    async def power_button(self) -> None:
-        """See Control.power_button."""
-        await self.request("system_powerdown")
-
-    async def quit(self) -> None:
-        """See Control.quit."""
-        await self.request("quit")
-
-    async def aclose(self) -> Reason | None:
-        """See Control.aclose. Its last events may still be on their way."""
-        try:
-            async with asyncio.timeout(_LAST_EVENTS):
-                while self._client.runstate is Runstate.RUNNING:
-                    await self._client.runstate_changed()
-        except TimeoutError:
-            pass
-        try:
-            await self._client.disconnect()
-        except (EOFError, OSError, QMPError):
-            pass
-        return told_by_events(self._events.clear())
-
-
-def told_by_events(events: Iterable[Mapping[str, Any]]) -> Reason | None:
-    """What QEMU's events say of its end: the cause, where one event caused the next."""
-    reasons = {}
-    for event in events:
-        data = event.get("data")
-        reasons[event.get("event")] = data.get("reason") if isinstance(data, dict) else None
-    if "GUEST_PANICKED" in reasons:
-        return Reason.GUEST_PANIC
-    if "WATCHDOG" in reasons:
-        return Reason.WATCHDOG
-    return _SHUTDOWN_REASONS.get(str(reasons.get("SHUTDOWN")))
