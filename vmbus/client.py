@@ -16,9 +16,8 @@ import math
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, Unpack
 
-from . import errors
 from .bus import connection as bus_connection
 from .bus.connection import Connection, RemoteError
 from .bus.contract import (
@@ -29,27 +28,34 @@ from .bus.contract import (
     ROOT_PATH,
     VIRTUAL_MACHINE,
     VM_ROOT,
-    interfaces,
 )
-from .bus.wire import Flag, Kind, Message, WireError
-from .errors import InvalidArgs, InvalidConfig, NoSuchVM, UnknownInterface, UnknownObject
+from .bus.wire import Flag, Kind, Message
+from .calls import call, close_all, refusal
+from .errors import InvalidArgs, NoSuchVM, UnknownInterface, UnknownObject
 from .events import Death, Event, Events, ServiceChanged, Snapshot, event_of, snapshot
-from .request import Disk, File, Files, encode_config
+from .request import Config, Disk, Files, Net, SharedDir, encode_config
 
-__all__ = ["VM", "Death", "Disk", "Event", "Events", "RemoteError", "Snapshot", "VMBus"]
+__all__ = [
+    "VM",
+    "Config",
+    "Death",
+    "Disk",
+    "Event",
+    "Events",
+    "Net",
+    "RemoteError",
+    "SharedDir",
+    "Snapshot",
+    "VMBus",
+]
 
-#: Seconds in which a call is answered, unless it may last: Start, Stop, Kill and Wait may.
+#: Seconds in which a call is answered, unless it waits for a VMM: that the service bounds.
 TIMEOUT = 25.0
 
 _SIGNALS = f"type='signal',sender='{BUS_NAME}',path_namespace='{ROOT_PATH}'"
 _OWNERS = (
     f"type='signal',sender='{bus_connection.BUS_NAME}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
 )
-_ERRORS = {
-    kind.dbus_name: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, errors.VMBusError)
-}
 
 
 class VMBus:
@@ -82,30 +88,11 @@ class VMBus:
         (answer,) = await self._connection.call_bus("NameHasOwner", "s", [BUS_NAME])
         return bool(answer)
 
-    async def create(
-        self,
-        *,
-        name: str | None = None,
-        vmm: str | None = None,
-        kernel: File | None = None,
-        initrd: File | None = None,
-        bios: File | None = None,
-        params: str | None = None,
-        memory_mib: int | None = None,
-        cpus: int | None = None,
-        disks: Sequence[Disk] = (),
-        collect: str | None = None,
-    ) -> VM:
-        """Create a VM, as the contract says of Create; what is None isn't mentioned.
-
-        Files that are given by path are opened here, with the rights of this process.
-        """
-        boot = {"kernel": kernel, "initrd": initrd, "bios": bios}
-        values = {"name": name, "vmm": vmm, "params": params, "collect": collect}
-        numbers = {"memory_mib": memory_mib, "cpus": cpus}
+    async def create(self, **config: Unpack[Config]) -> VM:
+        """Create a VM. Files given by path are opened here, with the rights of this process."""
         with Files() as files:
-            config = encode_config(files, boot, {**values, **numbers}, disks)
-            reply = await self._call(ROOT_PATH, MANAGER, "Create", config, fds=files.fds)
+            body = encode_config(files, config)
+            reply = await self._call(ROOT_PATH, MANAGER, "Create", body, fds=files.fds)
         return VM(self, str(reply.body[0]))
 
     async def vms(self) -> list[Snapshot]:
@@ -168,14 +155,14 @@ class VMBus:
             events.end()
 
     def _on_message(self, message: Message) -> None:
-        _close_all(message.fds)
+        close_all(message.fds)
         if message.kind is Kind.SIGNAL:
             event = self._event(message)
             if event is not None:
                 for events in self._events:
                     events.put(event)
         elif message.kind is Kind.CALL and not message.flags & Flag.NO_REPLY_EXPECTED:
-            self._connection.send(_refusal(message))
+            self._connection.send(refusal(message))
 
     def _event(self, message: Message) -> Event | None:
         if message.sender == bus_connection.BUS_NAME:
@@ -194,30 +181,11 @@ class VMBus:
         fds: Sequence[int] = (),
         lasts: bool = False,
     ) -> Message:
-        """Call a method of the service. Descriptors come only where the contract has one."""
-        types = interfaces()[interface].methods[member]
-        try:
-            reply = await self._connection.call(
-                BUS_NAME,
-                path,
-                interface,
-                member,
-                types.takes,
-                args,
-                fds=fds,
-                flags=self._flags,
-                timeout=None if lasts or self._flags else TIMEOUT,
-            )
-        except RemoteError as error:
-            raise _typed(error) from None
-        except WireError as error:
-            raise InvalidArgs(f"{member} can't be carried by the bus: {error}") from None
-        except TimeoutError:
-            raise TimeoutError(f"no answer to {member} in {TIMEOUT:g} s") from None
-        if reply.signature != types.gives or len(reply.fds) != types.gives.count("h"):
-            _close_all(reply.fds)
-            raise RemoteError(errors.VMBusError.dbus_name, f"{member} was answered wrongly")
-        return reply
+        timeout = None if lasts or self._flags else TIMEOUT
+        target = (path, interface, member)
+        return await call(
+            self._connection, target, args, fds=fds, flags=self._flags, timeout=timeout
+        )
 
 
 class VM:
@@ -248,6 +216,33 @@ class VM:
         """End it at once; return when it is dead."""
         await self._call("Kill", lasts=True)
 
+    async def suspend(self) -> None:
+        """Stop its vCPUs. Raises InvalidState, ControlFailed or TimedOut."""
+        await self._call("Suspend", lasts=True)
+
+    async def resume(self) -> None:
+        """Let its vCPUs go on. Raises InvalidState, ControlFailed or TimedOut."""
+        await self._call("Resume", lasts=True)
+
+    async def memory_actual(self) -> int:
+        """How many bytes its guest has now, as the VMM says; 0 when it isn't running."""
+        reply = await self._bus._call(self.path, PROPERTIES, "Get", VIRTUAL_MACHINE, "MemoryActual")
+        return int(reply.body[0].value)
+
+    async def set_memory_target(self, size: int) -> None:
+        """Have the balloon leave its guest `size` bytes; the guest takes its time to follow.
+
+        Raises InvalidState, NotSupported, InvalidArgs, ControlFailed or TimedOut.
+        """
+        await self._call("SetMemoryTarget", size, lasts=True)
+
+    async def resize_disk(self, index: int, size: int) -> None:
+        """Grow the config's disk `index`, from 0, to `size` bytes.
+
+        Raises InvalidState, NotSupported, InvalidArgs, ControlFailed or TimedOut.
+        """
+        await self._call("ResizeDisk", index, size, lasts=True)
+
     async def wait(self) -> Death:
         """Wait until it has died. Raises NoSuchVM if it is removed before it was started."""
         reply = await self._call("Wait", lasts=True)
@@ -267,27 +262,3 @@ class VM:
 
     async def _call(self, member: str, *args: Any, lasts: bool = False) -> Message:
         return await self._bus._call(self.path, VIRTUAL_MACHINE, member, *args, lasts=lasts)
-
-
-def _typed(error: RemoteError) -> Exception:
-    kind = _ERRORS.get(error.name)
-    if kind is None:
-        return error
-    # The problems come as one text; taken apart and put together it might not be the same.
-    return InvalidConfig([error.text]) if kind is InvalidConfig else kind(error.text)
-
-
-def _refusal(call: Message) -> Message:
-    return Message(
-        kind=Kind.ERROR,
-        destination=call.sender,
-        reply_serial=call.serial,
-        error_name=errors.UnknownMethod.dbus_name,
-        signature="s",
-        body=["this is a client, it has no methods"],
-    )
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

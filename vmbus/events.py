@@ -25,6 +25,7 @@ class Snapshot:
     name: str = ""
     cid: int = 0
     vmm: str = ""
+    protected: bool = False
     memory_mib: int = 0
     cpus: int = 0
     state: str = ""
@@ -38,6 +39,8 @@ class Snapshot:
     death_reason: str = ""
     exit_status: int = 0
     last_words: str = ""
+    #: What was last known; `VM.memory_actual` asks.
+    memory_actual: int = 0
 
 
 # The contract's names in Python's manner, "MemoryMiB" as "memory_mib", without a second list.
@@ -62,10 +65,14 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Properties of a VM have new values, under the names that `Snapshot` has for them."""
+    """Properties of a VM have new values, under the names that `Snapshot` has for them.
+
+    invalidated: those that have changed too, and must be asked for.
+    """
 
     path: str
     values: Mapping[str, Any]
+    invalidated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +185,8 @@ def _parse(signal: tuple[str, str | None], path: str, body: Sequence[Any]) -> Ev
         cid, reason, status = body
         return Died(path, cid, Death(reason, status))
     if signal == (PROPERTIES, "PropertiesChanged") and body[0] == VIRTUAL_MACHINE:
-        return Changed(path, _values(body[1]))
+        _, changed, invalidated = body
+        return Changed(path, _values(changed), frozenset(_values(dict.fromkeys(invalidated))))
     if signal == (OBJECT_MANAGER, "InterfacesAdded") and VIRTUAL_MACHINE in body[1]:
         return Added(body[0], snapshot(body[0], body[1][VIRTUAL_MACHINE]))
     if signal == (OBJECT_MANAGER, "InterfacesRemoved") and VIRTUAL_MACHINE in body[1]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Required, Self, TypedDict
 
 from .bus.stream import MAX_FDS
@@ -17,7 +18,8 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-File = str | os.PathLike[str] | HasFileno
+#: A path, or an open file or its descriptor.
+File = str | os.PathLike[str] | HasFileno | int
 
 
 class Disk(TypedDict, total=False):
@@ -27,6 +29,42 @@ class Disk(TypedDict, total=False):
     writable: bool
     id: str
     direct: bool
+
+
+class Net(TypedDict, total=False):
+    """A network device. A tap's name is for the service to open; else it is an open tap device."""
+
+    tap: Required[str | HasFileno | int]
+    mac: str
+
+
+class SharedDir(TypedDict, total=False):
+    """A directory that the guest mounts by its tag. It is the VMM that opens it."""
+
+    source: Required[str | os.PathLike[str]]
+    tag: Required[str]
+    writable: bool
+
+
+class Config(TypedDict, total=False):
+    """What a VM is made of, as the contract says of Create. None is as good as not mentioned."""
+
+    name: str | None
+    vmm: str | None
+    kernel: File | None
+    initrd: File | None
+    bios: File | None
+    params: str | None
+    memory_mib: int | None
+    cpus: int | None
+    disks: Sequence[Disk]
+    net: Sequence[Net]
+    shared_dirs: Sequence[SharedDir]
+    vsock: bool | None
+    protected: bool | None
+    balloon: bool | None
+    gdb_port: int | None
+    collect: str | None
 
 
 class Files:
@@ -50,7 +88,7 @@ class Files:
         if isinstance(file, str | os.PathLike):
             fd = self._open(file, os.O_RDWR if writable else os.O_RDONLY)
         else:
-            fd = file.fileno()
+            fd = file if isinstance(file, int) else file.fileno()
         self.fds.append(fd)
         return Variant("h", len(self.fds) - 1)
 
@@ -62,24 +100,45 @@ class Files:
         return fd
 
 
-def encode_config(
-    files: Files,
-    boot: Mapping[str, File | None],
-    values: Mapping[str, str | int | None],
-    disks: Sequence[Disk],
-) -> dict[str, Any]:
-    """A config as Create takes it; what is None isn't mentioned. Raises OSError, InvalidConfig."""
-    config = {key: files.add(file) for key, file in boot.items() if file is not None}
-    config |= {key: _variant(key, value) for key, value in values.items() if value is not None}
-    if disks:
-        config["disks"] = Variant("aa{sv}", [_disk(files, disk) for disk in disks])
-    return config
+def encode_config(files: Files, config: Config) -> dict[str, Any]:
+    """A config as Create takes it. Raises OSError or InvalidConfig."""
+    return {key: _encoded(files, key, value) for key, value in config.items() if value is not None}
+
+
+def _encoded(files: Files, key: str, value: Any) -> Any:
+    if key in _FILES:
+        return files.add(value)
+    if key in _PARTS:
+        return Variant("aa{sv}", [_PARTS[key](files, each) for each in value])
+    return _variant(key, value)
 
 
 def _disk(files: Files, disk: Disk) -> dict[str, Any]:
     image = files.add(disk["image"], writable=disk.get("writable", False))
-    rest = {key: _variant(key, value) for key, value in disk.items() if key != "image"}
-    return {"image": image, **rest}
+    return {**_variants(disk), "image": image}
+
+
+def _net(files: Files, net: Net) -> dict[str, Any]:
+    tap = net["tap"]
+    return {**_variants(net), "tap": Variant("s", tap) if isinstance(tap, str) else files.add(tap)}
+
+
+def _shared_dir(_: Files, shared: SharedDir) -> dict[str, Any]:
+    return {**_variants(shared), "source": Variant("s", str(Path(shared["source"]).absolute()))}
+
+
+_FILES = ("kernel", "initrd", "bios")
+_PARTS: Mapping[str, Callable[[Files, Any], dict[str, Any]]] = {
+    "disks": _disk,
+    "net": _net,
+    "shared_dirs": _shared_dir,
+}
+
+
+def _variants(part: Mapping[str, object]) -> dict[str, Any]:
+    """The plain values of a part of a config."""
+    special = ("image", "tap", "source")
+    return {key: _variant(key, value) for key, value in part.items() if key not in special}
 
 
 def _variant(key: str, value: object) -> Any:

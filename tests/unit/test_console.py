@@ -285,6 +285,23 @@ async def test_guest_that_does_not_read_holds_up_typing_and_loses_none_of_it(
         assert await _receive(guest, 5) == b"again"
 
 
+async def test_reader_that_comes_while_typing_is_held_up_makes_nobody_lose_any(
+    console: Console, guest: socket.socket, readers: list[socket.socket]
+) -> None:
+    text = bytes(range(256)) * (16 * 1024)
+    typing = asyncio.create_task(_send(readers[0], text))
+    for _ in range(100):
+        await _send(guest, b".")
+        await _receive(readers[1], 1)
+    with console.attach() as late:
+        late.setblocking(False)
+        await _send(late, b"late")
+        await _all_read()
+        received = await _receive(guest, len(text) + 4)
+    assert received.replace(b"late", b"", 1) == text
+    await typing
+
+
 async def test_guest_that_never_reads_does_not_hold_up_the_end(
     console: Console, guest: socket.socket, readers: list[socket.socket]
 ) -> None:

@@ -18,15 +18,16 @@ import pytest
 
 from tests.unit.doubles import DEADLINE, a_config
 from vmbus.errors import ControlFailed, NotSupported, TimedOut, VMBusError
-from vmbus.files import Handle
+from vmbus.files import Handle, OpenFile
 from vmbus.reasons import Reason
-from vmbus.spec import MAX_DISKS, VMConfig, host_cpus
+from vmbus.spec import MAX_DISKS, Net, VMConfig, host_cpus
 from vmbus.vmm import base
 from vmbus.vmm.base import Command, Control, Driver, Launch, last_line
 from vmbus.vmm.crosvm import Crosvm, CrosvmControl
 from vmbus.vmm.process import Process
 from vmbus.vmm.qemu import Qemu
 from vmbus.vmm.qmp import QemuControl, told_by_events
+from vmbus.vmm.virtiofsd import Virtiofsd
 
 CROSVM = Path(__file__).parents[1] / "fakes" / "crosvm"
 GUEST = "#!vmbus-test-guest\n"
@@ -203,6 +204,8 @@ def _disks(path: str, number: int) -> list[dict[str, Any]]:
         {"disks": MAX_DISKS, "params": "x" * 2047},
         {"kernel": None, "bios": "{bios}", "disks": 3},
         {"disks": "writable"},
+        {"balloon": False, "protected": True, "gdb_port": 65535},
+        {"shared_dirs": [{"source": "/etc", "tag": "A.b_c-d", "writable": True}]},
     ],
     ids=lambda changes: ",".join(changes) or "minimal",
 )
@@ -227,6 +230,94 @@ async def test_crosvm_takes_every_command_line_that_the_driver_makes(
     assert line.endswith("] exiting with success")
 
 
+def _net(*taps: tuple[int, str, str | None]) -> list[Net]:
+    """Network devices, on a tap by descriptor, or by name where that is negative."""
+    return [
+        Net.model_construct(tap=OpenFile(fd, name, writable=True, size=0), mac=mac)
+        for fd, name, mac in taps
+    ]
+
+
+def _with_net(make: Maker, driver: Driver, net: list[Net]) -> Command:
+    config = make.config().model_copy(update={"net": net})
+    return make.resources.enter_context(contextlib.closing(driver.prepare(make.launch(config))))
+
+
+def _lent_fd(make: Maker) -> int:
+    fd = os.open("/dev/null", os.O_RDWR)
+    make.resources.callback(os.close, fd)
+    return fd
+
+
+def test_crosvms_network_devices(make: Maker) -> None:
+    fd, mac = _lent_fd(make), "02:00:00:00:00:01"
+    command = _with_net(
+        make, DRIVERS[0], _net((fd, "x", mac), (-1, "tap0", None), (-1, "a,b", mac))
+    )
+    assert [word for word in command.argv if word.startswith("--net")] == [
+        f"--net=tap-fd={fd},mac={mac}",
+        "--net=tap-name=tap0",
+        f'--net=tap-name="a,b",mac={mac}',
+    ]
+    assert fd in command.inherit
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vsock": True}, ["--vsock", "cid=2048"]),
+        ({"balloon": False}, ["--no-balloon"]),
+        ({"protected": True}, ["--protected-vm"]),
+        ({"gdb_port": 1234}, ["--gdb=1234"]),
+        (
+            {"shared_dirs": [{"source": "/etc", "tag": "t", "writable": True}]},
+            ["--shared-dir=/etc:t:type=fs:cache=auto"],
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_crosvms_options(make: Maker, changes: dict[str, Any], words: list[str]) -> None:
+    """Each adds its words and changes nothing else."""
+    argv, without = make.argv(DRIVERS[0], **changes), make.argv(DRIVERS[0])
+    at = argv.index(words[0])
+    assert argv[at : at + len(words)] == words
+    assert argv[:at] + argv[at + len(words) :] == without
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({}, []),
+        ({"vsock": True, "gdb_port": 1, "balloon": False}, []),
+        ({"protected": True}, ["protected: this host has no protected KVM"]),
+        ({"gdb_port": 1, "cpus": 2}, ["gdb_port: crosvm can debug a VM with one CPU only"]),
+    ],
+    ids=str,
+)
+def test_what_crosvm_cannot_do_is_said_before(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], problems: list[str]
+) -> None:
+    monkeypatch.setattr("vmbus.vmm.crosvm._protected_vms", lambda: False)
+    monkeypatch.setattr("vmbus.spec.host_cpus", lambda: 2)
+    assert DRIVERS[0].unsupported(make.config(**changes)) == problems
+
+
+def test_directories_that_crosvm_cannot_share_are_said_before(make: Maker) -> None:
+    """By its ":" a path would become options of its own, and read-only is none of them."""
+    odd = make.directory / "a:tag:type=fs"
+    odd.mkdir()
+    shared = [
+        {"source": str(make.directory), "tag": "fine", "writable": True},
+        {"source": str(make.directory), "tag": "read-only"},
+        {"source": str(odd), "tag": "odd", "writable": True},
+    ]
+    problems = DRIVERS[0].unsupported(make.config(shared_dirs=shared))
+    assert [problem.split(": ")[0] for problem in problems] == [
+        "shared_dirs[1].writable",
+        "shared_dirs[2].source",
+    ]
+
+
 # crosvm's control socket
 
 
@@ -246,6 +337,60 @@ async def test_crosvm_ends_when_it_is_asked(
     await verb(control)
     assert await _ended(process) == 0
     assert await control.aclose() is None
+
+
+async def test_crosvm_suspends_and_resumes(make: Maker) -> None:
+    """A guest that is suspended doesn't see its power button."""
+    process, control = await _with_guest(make)
+    await control.suspend()
+    await control.power_button()
+    assert "VcpuPidTidResponse" in await control.request("VcpuPidTid")
+    await control.resume()
+    assert await _ended(process) == 0
+
+
+async def test_crosvms_balloon(make: Maker) -> None:
+    """crosvm counts what the balloon takes; we count what it leaves."""
+    process, control = await _with_guest(make)
+    assert await control.memory() == 256 << 20
+    await control.set_memory(100 << 20)
+    assert await control.memory() == 100 << 20
+    await control.quit()
+    await _ended(process)
+
+
+async def test_guest_without_a_balloon_driver(make: Maker) -> None:
+    process, control = await _with_guest(make, no_balloon_driver=True)
+    with pytest.raises(ControlFailed, match="the guest has no driver for that, or none yet"):
+        await control.memory()
+    await control.quit()
+    await _ended(process)
+
+
+@pytest.mark.parametrize(
+    "reply", ["Ok", {}, {"BalloonStats": 5}, {"BalloonStats": {"balloon_actual": "x"}}], ids=str
+)
+async def test_crosvm_whose_answer_has_no_size(make: Maker, reply: object) -> None:
+    process, control = await _with_guest(make, on={"BalloonCommand.Stats": {"reply": reply}})
+    with pytest.raises(ControlFailed, match="crosvm's answer has no size of the balloon"):
+        await control.memory()
+    await control.quit()
+    await _ended(process)
+
+
+async def test_crosvm_grows_a_disk(make: Maker) -> None:
+    kernel = make.directory / "guest"
+    kernel.write_text(f"{GUEST}{{}}")
+    disks = [{"image": make.path("disk")}, {"image": make.path("disk2"), "writable": True}]
+    Path(make.path("disk2")).touch()
+    process, control = await _answering(make, kernel=str(kernel), disks=disks)
+    await control.resize_disk(1, 1 << 20)
+    assert os.stat(make.path("disk2")).st_size == 1 << 20
+    for index, says in ((0, "crosvm answered with error 30"), (2, "crosvm answered: no disk 2")):
+        with pytest.raises(ControlFailed, match=says):
+            await control.resize_disk(index, 1 << 20)
+    await control.quit()
+    await _ended(process)
 
 
 @pytest.mark.parametrize(
@@ -589,6 +734,151 @@ def test_qemu_gets_a_copy_of_a_file_that_cannot_be_opened_again(
     assert os.pread(fd, size + 1, 0) == content
 
 
+def test_qemus_network_devices(make: Maker) -> None:
+    fd, mac = _lent_fd(make), "02:00:00:00:00:01"
+    net = _net((fd, "x", mac), (-1, "tap0", None), (-1, "a,br=x", None))
+    command = _with_net(make, DRIVERS[1], net)
+    assert _options(command.argv, "-netdev") == [
+        f"tap,id=net0,fd={fd}",
+        "tap,id=net1,ifname=tap0,script=no,downscript=no",
+        "tap,id=net2,ifname=a,,br=x,script=no,downscript=no",
+    ]
+    devices = [each for each in _options(command.argv, "-device") if "netdev=" in each]
+    assert [each.split(",")[1] for each in devices] == ["netdev=net0", "netdev=net1", "netdev=net2"]
+    assert [f"mac={mac}" in each.split(",") for each in devices] == [True, False, False]
+    assert fd in command.inherit
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "value", "there"),
+    [
+        ({}, "-device", "virtio-balloon-device,id=balloon", True),
+        ({"balloon": False}, "-device", "virtio-balloon-device,id=balloon", False),
+        ({"vsock": True}, "-device", "vhost-vsock-device,guest-cid=2048", True),
+        ({"vsock": False}, "-device", "vhost-vsock-device,guest-cid=2048", False),
+        ({"gdb_port": 1234}, "-gdb", "tcp:127.0.0.1:1234", True),
+    ],
+    ids=str,
+)
+def test_qemus_options(
+    make: Maker, changes: dict[str, Any], option: str, value: str, there: bool
+) -> None:
+    driver = Qemu("/opt/qemu", "microvm")
+    argv = [
+        word.replace("-pci", "-device") if word.startswith(("virtio", "vhost")) else word
+        for word in make.argv(driver, **changes)
+    ]
+    assert (value in _options(argv, option)) is there
+
+
+# Shared directories of QEMU, which another program serves
+
+
+VIRTIOFSD = """#!/bin/sh
+echo "virtiofsd backend 1.13.0"
+"""
+VIRTIOFSD_OF_QEMU = """#!/bin/sh
+echo "virtiofsd version 7.2 (Debian 1:7.2)"
+echo "Copyright (c) 2003-2022 Fabrice Bellard and the QEMU Project developers"
+"""
+
+
+def _virtiofsd(make: Maker, text: str) -> str:
+    path = make.directory / "virtiofsd"
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def _shared(make: Maker, name: str = "shared", *, writable: bool = False) -> dict[str, Any]:
+    directory = make.directory / name
+    directory.mkdir(exist_ok=True)
+    return {"source": str(directory), "tag": f"tag{len(name)}", "writable": writable}
+
+
+@pytest.mark.parametrize(
+    ("text", "writable", "name", "options"),
+    [
+        (VIRTIOFSD, False, "shared", ["--shared-dir={source}", "--readonly"]),
+        (VIRTIOFSD, True, "shared", ["--shared-dir={source}"]),
+        (VIRTIOFSD, True, "a,b", ["--shared-dir={source}"]),
+        (VIRTIOFSD_OF_QEMU, True, "shared", ["-o", "source={source}"]),
+        (VIRTIOFSD_OF_QEMU, True, "a,xattr", ["-o", "source={directory}/a\\,xattr"]),
+        (VIRTIOFSD_OF_QEMU, True, "a\\b", ["-o", "source={directory}/a\\\\b"]),
+    ],
+)
+def test_virtiofsd_serves_one_directory_on_one_socket(
+    make: Maker, text: str, writable: bool, name: str, options: list[str]
+) -> None:
+    program = _virtiofsd(make, text)
+    shared = _shared(make, name, writable=writable)
+    command = make.command(Qemu("/opt/qemu", virtiofsd=Virtiofsd(program)), shared_dirs=[shared])
+    (helper,) = command.helpers
+    (listener,) = helper.inherit
+    expected = [each.format(source=shared["source"], directory=make.directory) for each in options]
+    assert helper.argv == [program, f"--fd={listener}", *expected]
+    with socket.socket(fileno=os.dup(listener)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    assert listener not in command.inherit
+
+
+def test_qemu_has_one_device_and_one_connection_for_each_shared_directory(make: Maker) -> None:
+    driver = Qemu("/opt/qemu", "q35", Virtiofsd(_virtiofsd(make, VIRTIOFSD)))
+    shared = [_shared(make, "a"), _shared(make, "bb")]
+    command = make.command(driver, shared_dirs=shared, memory_mib=64)
+    chardevs = dict(
+        each.removeprefix("socket,id=").split(",fd=")
+        for each in _options(command.argv, "-chardev")
+        if each.startswith("socket,id=fs")
+    )
+    assert [int(chardevs[name]) in command.inherit for name in ("fs0", "fs1")] == [True, True]
+    devices = [each for each in _options(command.argv, "-device") if "user-fs" in each]
+    assert [each.partition(",")[2] for each in devices] == [
+        "chardev=fs0,tag=tag1",
+        "chardev=fs1,tag=tag2",
+    ]
+    assert _options(command.argv, "-object") == ["memory-backend-memfd,id=memory,size=64M,share=on"]
+    for number, helper in enumerate(command.helpers):
+        with socket.socket(fileno=os.dup(helper.inherit[0])) as listener:
+            peer, _ = listener.accept()
+            with peer, socket.socket(fileno=os.dup(int(chardevs[f"fs{number}"]))) as ours:
+                ours.send(b"hello")
+                assert peer.recv(9) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("text", "writable", "problems"),
+    [
+        (None, True, ["shared_dirs: virtiofsd is not installed, which QEMU needs for them"]),
+        (VIRTIOFSD, False, []),
+        (VIRTIOFSD, True, []),
+        (VIRTIOFSD_OF_QEMU, True, []),
+        (
+            VIRTIOFSD_OF_QEMU,
+            False,
+            [
+                "shared_dirs[0].writable: QEMU's own virtiofsd, which is installed here, "
+                "can't share a directory read-only"
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_directories_that_qemu_cannot_share_are_said_before(
+    make: Maker, text: str | None, writable: bool, problems: list[str]
+) -> None:
+    virtiofsd = None if text is None else Virtiofsd(_virtiofsd(make, text))
+    driver = Qemu("/opt/qemu", virtiofsd=virtiofsd)
+    config = make.config(shared_dirs=[_shared(make, writable=writable)])
+    assert driver.unsupported(config) == problems
+    assert driver.unsupported(make.config()) == []
+
+
+def test_qemu_cannot_protect_a_vm(make: Maker) -> None:
+    problems = DRIVERS[1].unsupported(make.config(protected=True))
+    assert problems == ["protected: QEMU can't do that; crosvm can"]
+
+
 # QEMU's control socket
 
 
@@ -598,6 +888,7 @@ class Monitor:
     def __init__(self, listener: int) -> None:
         self.listener = listener
         self.commands: list[str] = []
+        self.arguments: list[Any] = []
         self.answers: dict[str, dict[str, Any]] = {}
         self.greets = True
         self.hung_up = asyncio.Event()
@@ -629,6 +920,7 @@ class Monitor:
 
     def _answer(self, command: Mapping[str, Any]) -> None:
         self.commands.append(command["execute"])
+        self.arguments.append(command.get("arguments", {}))
         answer = self.answers.get(command["execute"], {"return": {}})
         if answer:
             self.send(answer | {key: command[key] for key in ("id",) if key in command})
@@ -679,13 +971,58 @@ async def _close(control: QemuControl, monitor: Monitor) -> Reason | None:
         return await control.aclose()
 
 
-async def test_qemu_is_asked_by_qmp(monitor: Monitored) -> None:
+@pytest.mark.parametrize(
+    ("verb", "command", "arguments"),
+    [
+        (QemuControl.power_button, "system_powerdown", {}),
+        (QemuControl.quit, "quit", {}),
+        (QemuControl.suspend, "stop", {}),
+        (QemuControl.resume, "cont", {}),
+        (lambda control: control.set_memory(1 << 27), "balloon", {"value": 1 << 27}),
+        (
+            lambda control: control.resize_disk(3, 1 << 20),
+            "block_resize",
+            {"node-name": "disk3", "size": 1 << 20},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_qemu_is_asked_by_qmp(
+    monitor: Monitored,
+    verb: Callable[[QemuControl], Awaitable[None]],
+    command: str,
+    arguments: dict[str, Any],
+) -> None:
+    to_start, qemu = monitor
+    control = await _connected(to_start)
+    await verb(control)
+    assert qemu.commands == ["qmp_capabilities", command]
+    assert qemu.arguments[-1] == arguments
+    assert await _close(control, qemu) is None
+
+
+@pytest.mark.parametrize("answer", [{}, {"actual": None}, {"actual": "much"}, [], 5], ids=str)
+async def test_qemu_whose_answer_has_no_size(monitor: Monitored, answer: object) -> None:
     command, qemu = monitor
     control = await _connected(command)
-    await control.power_button()
-    await control.quit()
-    assert qemu.commands == ["qmp_capabilities", "system_powerdown", "quit"]
-    assert await _close(control, qemu) is None
+    qemu.answers["query-balloon"] = {"return": {"actual": 1 << 27}}
+    assert await control.memory() == 1 << 27
+    qemu.answers["query-balloon"] = {"return": answer}
+    with pytest.raises(ControlFailed, match="QEMU's answer has no size of the memory"):
+        await control.memory()
+    await _close(control, qemu)
+
+
+async def test_qemu_tells_when_the_memory_changes(monitor: Monitored) -> None:
+    command, qemu = monitor
+    control = await _connected(command)
+    sizes: list[int] = []
+    control.watch_memory(sizes.append)
+    for actual in (1 << 27, "much", None, 1 << 26):
+        qemu.event("BALLOON_CHANGE", actual=actual)
+    qemu.event("RESUME")
+    await _close(control, qemu)
+    assert sizes == [1 << 27, 1 << 26]
 
 
 async def test_qemu_that_refuses(monitor: Monitored) -> None:

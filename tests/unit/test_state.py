@@ -32,7 +32,7 @@ failed         .         .       failed
 
 
 def _grid() -> dict[tuple[str, str], str]:
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for half in GRID.strip().split("\n\n"):
         head, *rows = (line.split() for line in half.splitlines())
         for state, *cells in rows:

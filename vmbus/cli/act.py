@@ -1,4 +1,4 @@
-"""The commands that change something: create, start, stop, kill, remove; and wait."""
+"""The commands of a VM's life: create, start, suspend, resume, stop, kill, remove; and wait."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from .text import clean, print_json
 async def create(options: Options, collect: bool, **config: Any) -> None:
     """Create a VM and print its name. It is not started."""
     async with connect(options) as bus:
-        when = "on-death" if collect else None
-        vm = await (await bus.create(collect=when, **config_of(config))).properties()
+        vm = await (await bus.create(**config_of(config, collect=collect))).properties()
     if options.json:
         print_json({"id": vm.id, "name": vm.name, "cid": vm.cid, "path": vm.path})
     else:
@@ -48,6 +47,20 @@ async def start(options: Options, names: tuple[str, ...]) -> int:
 async def stop(options: Options, names: tuple[str, ...], timeout: float | None) -> int:
     """Stop VMs in good order."""
     return await _for_each(options, names, "Stopping", lambda vm: vm.stop(timeout))
+
+
+@command()
+@names_argument
+async def suspend(options: Options, names: tuple[str, ...]) -> int:
+    """Stop the vCPUs of VMs, until resume."""
+    return await _for_each(options, names, "Suspending", VM.suspend)
+
+
+@command()
+@names_argument
+async def resume(options: Options, names: tuple[str, ...]) -> int:
+    """Let suspended VMs go on."""
+    return await _for_each(options, names, "Resuming", VM.resume)
 
 
 @command()
@@ -106,4 +119,4 @@ def _result(name: str, failure: Failure | None) -> dict[str, Any]:
     return {"name": name, "ok": failure is None, "error": failure and failure.reason}
 
 
-COMMANDS = (create, start, stop, kill, remove, wait)
+COMMANDS = (create, start, suspend, resume, stop, kill, remove, wait)

@@ -37,8 +37,7 @@ async def run(options: Options, collect: bool, **config: Any) -> int:
     SIGTERM stops the VM in good order, a second one kills it; so does SIGINT.
     """
     async with connect(options) as bus:
-        when = "on-death" if collect else None
-        vm = await bus.create(collect=when, **config_of(config))
+        vm = await bus.create(**config_of(config, collect=collect))
         attendance = _Attendance(options, bus, vm)
         try:
             return await attendance.run()

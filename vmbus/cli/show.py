@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
@@ -14,6 +14,7 @@ import click
 from ..events import Added, Changed, Died, Event, Removed, ServiceChanged, Snapshot
 from .common import Options, command, connect, name_argument
 from .failures import Failure
+from .size import size_text
 from .text import ago, clean, moment, print_json, print_json_line, print_table, user_name
 
 _HEADER = ("ID", "NAME", "STATE", "VMM", "CID", "MEMORY", "CPUS", "USER")
@@ -41,7 +42,10 @@ def _row(vm: Snapshot) -> list[str]:
 async def status(options: Options, name: str) -> None:
     """Show one VM in full."""
     async with connect(options) as bus:
-        vm = await (await bus.vm(name)).properties()
+        found = await bus.vm(name)
+        vm = await found.properties()
+        if vm.pid:
+            vm = replace(vm, memory_actual=await found.memory_actual())
     if options.json:
         print_json(asdict(vm))
         return
@@ -60,9 +64,12 @@ def _details(vm: Snapshot) -> list[tuple[str, str]]:
     if vm.last_words:
         lines.append(("Last words", vm.last_words))
     lines.append(("VMM", f"{vm.vmm}, pid {vm.pid}" if vm.pid else vm.vmm))
-    lines.append(("Memory", f"{vm.memory_mib} MiB"))
+    now = f", now {size_text(vm.memory_actual)}" if vm.pid else ""
+    lines.append(("Memory", f"{vm.memory_mib} MiB{now}"))
     lines.append(("CPUs", str(vm.cpus)))
     lines.append(("CID", str(vm.cid)))
+    if vm.protected:
+        lines.append(("Protected", "yes"))
     lines.append(("Created", moment(vm.created_timestamp)))
     if vm.started_timestamp:
         lines.append(("Started", moment(vm.started_timestamp)))
@@ -110,6 +117,8 @@ def _show_event(event: Event, names: dict[str, str], *, as_json: bool) -> None:
 def _pair(key: str, value: Any) -> str:
     if key.endswith("_timestamp"):
         value = moment(value)
+    if isinstance(value, list):
+        value = ",".join(value)
     return f"{key}={json.dumps(value) if ' ' in str(value) else value}"
 
 
@@ -118,8 +127,9 @@ def _told(event: Event, names: dict[str, str]) -> tuple[str, dict[str, Any]]:
         case Added(path, vm):
             names[path] = vm.name
             return "added", {"id": vm.id, "cid": vm.cid, "state": vm.state}
-        case Changed(_, values):
-            return "changed", dict(values)
+        case Changed(_, values, invalidated):
+            unknown = {"invalidated": sorted(invalidated)} if invalidated else {}
+            return "changed", {**values, **unknown}
         case Died(_, cid, death):
             return "died", {"cid": cid, "reason": death.reason, "status": death.status}
         case Removed():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from click.shell_completion import CompletionItem
 
-from ..client import Disk
+from ..client import Config, Disk, Net, SharedDir
 
 
 def _disks(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Disk]:
@@ -45,6 +45,43 @@ def _apply(disk: Disk, option: str) -> bool:
     return True
 
 
+def _nets(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Net]:
+    return [_net(context, param, value) for value in values]
+
+
+def _net(context: click.Context, param: click.Parameter, value: str) -> Net:
+    """Take TAP[,mac=ADDRESS] apart."""
+    tap, *options = value.split(",")
+    net = Net(tap=tap)
+    for option in options:
+        if not option.startswith("mac="):
+            raise click.BadParameter(f"{option!r} is not mac=ADDRESS", context, param)
+        net["mac"] = option.removeprefix("mac=")
+    return net
+
+
+def _shares(
+    context: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[SharedDir]:
+    return [_share(context, param, value) for value in values]
+
+
+def _share(context: click.Context, param: click.Parameter, value: str) -> SharedDir:
+    """Take DIR:TAG[,writable] apart; a tag has neither colons nor commas."""
+    source, _, rest = value.rpartition(":")
+    tag, *options = rest.split(",")
+    if not source or not tag:
+        raise click.BadParameter(f"{value!r} is not DIR:TAG[,writable]", context, param)
+    if options not in ([], ["writable"]):
+        raise click.BadParameter(f"{','.join(options)!r} is not writable", context, param)
+    return SharedDir(source=source, tag=tag, writable=bool(options))
+
+
+def _if_given(meaning: bool) -> Callable[[click.Context, click.Parameter, bool], bool | None]:
+    """What a flag means where it is given; else the service decides."""
+    return lambda _, __, given: meaning if given else None
+
+
 _FILE = click.Path(dir_okay=False)
 _OPTIONS = (
     click.option("--name", "vm_name", metavar="NAME", help="Name of the VM.  [default: vm-ID]"),
@@ -64,6 +101,43 @@ _OPTIONS = (
         metavar="FILE[,writable][,id=ID][,direct]",
         help="A disk; may be given again.",
     ),
+    click.option(
+        "--net",
+        multiple=True,
+        callback=_nets,
+        metavar="TAP[,mac=ADDRESS]",
+        help="A network device on a tap; may be given again.",
+    ),
+    click.option(
+        "--share",
+        "shared_dirs",
+        multiple=True,
+        callback=_shares,
+        shell_complete=_complete_file,
+        metavar="DIR:TAG[,writable]",
+        help="A directory that the guest mounts by its tag; may be given again.",
+    ),
+    click.option("--vsock/--no-vsock", default=None, help="Whether it gets a vsock device."),
+    click.option(
+        "--protected",
+        is_flag=True,
+        callback=_if_given(True),
+        help="Keep its memory from the host.",
+    ),
+    click.option(
+        "--no-balloon",
+        "balloon",
+        is_flag=True,
+        callback=_if_given(False),
+        help="Without a memory balloon.",
+    ),
+    click.option(
+        "--gdb",
+        "gdb_port",
+        type=int,
+        metavar="PORT",
+        help="Let a debugger join at this port of 127.0.0.1, whoever runs it.",
+    ),
 )
 
 
@@ -74,6 +148,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def config_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `VMBus.create` for what these options gave."""
-    return {"name" if key == "vm_name" else key: value for key, value in arguments.items()}
+def config_of(arguments: dict[str, Any], *, collect: bool) -> Config:
+    """The config that these options gave."""
+    config = {"name" if key == "vm_name" else key: value for key, value in arguments.items()}
+    return cast(Config, {**config, "collect": "on-death" if collect else None})

@@ -75,6 +75,11 @@ class Crosvm:
             for index, shared in enumerate(config.shared_dirs)
             if not shared.writable
         ]
+        problems += [
+            f"shared_dirs[{index}].source: crosvm can't share a directory with ':' in its path"
+            for index, shared in enumerate(config.shared_dirs)
+            if ":" in shared.source
+        ]
         if config.protected and not _protected_vms():
             problems.append("protected: this host has no protected KVM")
         if config.gdb_port is not None and config.cpus > 1:

@@ -157,7 +157,8 @@ def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:
 
 def _net(command: Command, index: int, net: Net, bus: str) -> list[str]:
     if net.tap.fd < 0:
-        backend = f"ifname={net.tap.name},script=no,downscript=no"
+        name = net.tap.name.replace(",", ",,")
+        backend = f"ifname={name},script=no,downscript=no"
     else:
         command.pass_fd(net.tap.fd)
         backend = f"fd={net.tap.fd}"
