@@ -8,6 +8,7 @@ was opened, not the name it had a moment before.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -72,19 +73,22 @@ class FilePolicy:
 
     def open(self, source: object, *, writable: bool) -> OpenFile:
         """Take a Handle or a path. Raises ValueError that says what is wrong and what is right."""
-        if isinstance(source, Handle):
-            file = self._adopt(source, writable=writable)
-        elif isinstance(source, str):
-            file = self._open_path(source, writable=writable)
-        else:
-            raise ValueError("must be an open file (h) or a path (s)")
+        try:
+            if isinstance(source, Handle):
+                file = self._adopt(source, writable=writable)
+            elif isinstance(source, str):
+                file = self._open_path(source, writable=writable)
+            else:
+                raise ValueError("must be an open file (h) or a path (s)")
+        except OSError as error:
+            raise ValueError(f"it can't be used: {error.strerror}") from error
         self.opened.append(file)
         return file
 
     def open_disk(self, source: object, *, writable: bool) -> OpenFile:
         """Take a disk image, like `open`. Raises ValueError if it isn't raw."""
         file = self.open(source, writable=writable)
-        head = os.pread(file.fd, 16, 0)
+        head = _head(file.fd)
         for magic, name in _FORMATS.items():
             if head.startswith(magic):
                 raise ValueError(
@@ -177,6 +181,15 @@ class FilePolicy:
                 f"{_short(path)} is not below an image directory ({names or 'none is set'}); "
                 "pass an open file instead"
             )
+
+
+def _head(fd: int) -> bytes:
+    """The first bytes of a file, which may be open for direct I/O, and then gives whole blocks."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        try:
+            return page[: os.preadv(fd, [page], 0)]
+        except OSError as error:
+            raise ValueError(f"it can't be read: {error.strerror}") from error
 
 
 def _size_if_usable(fd: int) -> int:

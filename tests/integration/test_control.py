@@ -309,3 +309,26 @@ async def test_bios(bus: Client, tmp_path: Path) -> None:
     path = await bus.create(bios=guest(tmp_path, then={"exit": 0}))
     await bus.vm(path, "Start")
     assert await bus.vm(path, "Wait") == ["shutdown", 0]
+
+
+async def test_stop_while_a_suspend_is_under_way(bus: Client, tmp_path: Path) -> None:
+    """Whoever of them is first, the guest hears that it is to end."""
+    slow = guest(tmp_path, on={"SuspendVcpus": {"delay": 0.3}})
+    path = await _running(bus, slow)
+    suspending = asyncio.create_task(bus.vm(path, "Suspend"))
+    stopping = asyncio.create_task(bus.vm(path, "Stop", "t", 0))
+    await stopping
+    async with refused(ERROR + "InvalidState"):
+        await suspending
+    assert (await bus.died(path))[1:] == ["stopped", 0]
+
+
+async def test_a_disk_that_is_open_for_direct_io(bus: Client, tmp_path: Path) -> None:
+    fd = os.open(_disk(tmp_path), os.O_RDWR | os.O_DIRECT)
+    try:
+        path = await bus.create(
+            fds=[fd], kernel=guest(tmp_path), disks=[{"image": Variant("h", 0), "writable": True}]
+        )
+    finally:
+        os.close(fd)
+    await bus.vm(path, "Remove")

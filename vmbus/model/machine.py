@@ -74,6 +74,7 @@ class Machine:
         self._disk_sizes = [disk.image.size for disk in config.disks]
         self._run = Run(driver)
         self._turn = asyncio.Lock()
+        self._halted = False
         self._asked_for: Reason | None = None
         self._killed_for: Reason | None = None
         self._life: asyncio.Task[None] | None = None
@@ -101,7 +102,6 @@ class Machine:
         """End the VM in good order, or else, when `timeout` (s) is over, by force."""
         if self.state in OVER:
             return
-        suspended = self.state is State.SUSPENDED
         self._change(Event.STOP)
         if self.state is State.STARTING:
             await self.kill(reason)
@@ -110,8 +110,7 @@ class Machine:
         try:
             async with asyncio.timeout(timeout):
                 control = self._answering()
-                if suspended:
-                    await self._obeyed(control.resume())
+                await self._let_it_hear(control)
                 if not await self._obeyed(control.power_button()):
                     await self._obeyed(control.quit())
                 await self._gone.wait()
@@ -145,11 +144,21 @@ class Machine:
 
     async def suspend(self) -> None:
         """Stop the vCPUs. Raises InvalidState, ControlFailed or TimedOut."""
-        await self._ask(Event.SUSPEND, lambda control: control.suspend())
+
+        async def suspend(control: Control) -> None:
+            await control.suspend()
+            self._halted = True
+
+        await self._ask(Event.SUSPEND, suspend)
 
     async def resume(self) -> None:
         """Let the vCPUs go on. Raises InvalidState, ControlFailed or TimedOut."""
-        await self._ask(Event.RESUME, lambda control: control.resume())
+
+        async def resume(control: Control) -> None:
+            await control.resume()
+            self._halted = False
+
+        await self._ask(Event.RESUME, resume)
 
     async def set_memory_target(self, size: int) -> None:
         """Have the balloon leave the guest `size` bytes. Raises InvalidArgs, NotSupported, …"""
@@ -303,6 +312,12 @@ class Machine:
             after(self.state, event)
             await request(self._answering())
             self._change(event)
+
+    async def _let_it_hear(self, control: Control) -> None:
+        """A guest that is suspended, or about to be, would never learn that it is to end."""
+        async with self._turn:
+            if self._halted:
+                await self._obeyed(control.resume())
 
     async def _obeyed(self, request: Awaitable[None]) -> bool:
         try:

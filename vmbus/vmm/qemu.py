@@ -6,7 +6,7 @@ import platform
 import socket
 
 from ..reasons import Reason
-from ..spec import Disk, Net, VMConfig
+from ..spec import MAX_PARAMS, Disk, Net, VMConfig
 from .base import Command, Launch, connect, last_line, listen, readable_again
 from .qmp import QemuControl
 from .virtiofsd import Virtiofsd
@@ -95,8 +95,6 @@ _BARE = [
     "-no-reboot",
     "-sandbox",
     "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    "-device",
-    "pvpanic",
 ]
 
 
@@ -174,7 +172,10 @@ def _net(command: Command, index: int, net: Net, bus: str) -> list[str]:
 
 
 def _extras(launch: Launch, bus: str) -> list[str]:
-    extras = []
+    # That a guest panicked is told by a device; q35 and microvm have the ISA bus that Linux on x86
+    # looks for it on.
+    panic = "pvpanic" if platform.machine() == "x86_64" else "pvpanic-pci"
+    extras = ["-device", panic]
     if launch.config.balloon:
         extras += ["-device", f"virtio-balloon-{bus},id=balloon"]
     if launch.vsock:
@@ -194,4 +195,6 @@ def _boot(config: VMConfig, command: Command, *, microvm: bool) -> list[str]:
     # A microvm has nothing that a kernel would by itself reset it with, save a triple fault. What
     # the caller says of it comes later on the line, and so goes first.
     params = f"{_MICROVM_PARAMS} {config.params}".rstrip() if microvm else config.params
+    if len(params.encode()) > MAX_PARAMS:
+        params = config.params
     return [*boot, "-append", params] if params else boot
