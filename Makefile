@@ -20,15 +20,25 @@ guest: ready
 demo: ready guest
 	@.venv/bin/python tools/demo
 
-test: ready guest
-	.venv/bin/pytest
+# Other users, taps and namespaces are part of what is tested, and need root.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+test: ready guest user
+	@$(if $(SUDO),echo "==> the tests act as several users and make taps, which needs root")
+	$(SUDO) .venv/bin/pytest
+
+# polkit takes questions about others from the user whom the actions name as their owner.
+user:
+	@id vmbus >/dev/null 2>&1 || { echo "==> creating the system user vmbus, which needs root"; \
+	  $(SUDO) useradd --system --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin vmbus; }
+.PHONY: user
 
 check: ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	xmllint --noout --nonet data/dbus-1/interfaces/*.xml data/dbus-1/system.d/*.conf data/polkit-1/actions/*.policy
-	.venv/bin/python -m mesonbuild.mesonmain setup --reconfigure build/meson >build/meson.log || { cat build/meson.log; exit 1; }
+	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python -m mesonbuild.mesonmain setup --fatal-meson-warnings --reconfigure build/meson >build/meson.log || { cat build/meson.log; exit 1; }
 	@echo "make check: all fine"
 
 format: ready

@@ -7,21 +7,20 @@ import contextlib
 import enum
 import os
 import pwd
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.rig import BUS, DEADLINE, ROOT, Client, Rig, plain
-from vmbus.bus.connection import Connection
+from vmbus.bus.connection import Connection, RemoteError
 from vmbus.bus.wire import Flag, Kind, Message, Variant
 
-POLKITD = "/usr/lib/polkit-1/polkitd"
 AUTHORITY = "org.freedesktop.PolicyKit1"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
 AUTHORITY_INTERFACE = "org.freedesktop.PolicyKit1.Authority"
@@ -31,10 +30,9 @@ AGENT_PATH = "/org/vmbus1/test/Agent"
 # others. Nothing below forks: polkitd is the very process that was started.
 _IN_A_NAMESPACE = """
 mount --bind "$1" /usr/share/polkit-1/actions &&
-mount --bind "$2" /usr/share/polkit-1/rules.d &&
+mount -t tmpfs none /usr/share/polkit-1/rules.d &&
 mount --bind "$2" /etc/polkit-1/rules.d &&
-mount --bind "$3" /etc/polkit-1/rules.d &&
-exec "$4"
+exec /usr/lib/polkit-1/polkitd
 """
 
 
@@ -46,10 +44,8 @@ class Polkit:
         self.process: subprocess.Popen[bytes] | None = None
         self.log_file = rig.directory / "polkitd.log"
         # All of this is to be read by the user polkitd, whatever umask and home we have.
-        self.actions, self.rules_directory, self._empty = (
-            rig.directory / name for name in ("actions", "rules.d", "none.d")
-        )
-        for directory in (self.actions, self.rules_directory, self._empty):
+        self.actions, self.rules_directory = rig.directory / "actions", rig.directory / "rules.d"
+        for directory in (self.actions, self.rules_directory):
             directory.mkdir()
             directory.chmod(0o755)
         for file in (ROOT / "data" / "polkit-1" / "actions").glob("*.policy"):
@@ -62,10 +58,9 @@ class Polkit:
         assert self.process is None, "polkitd runs already"
         seen = len(self.log)
         command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _IN_A_NAMESPACE, "sh"]
-        command += map(str, (self.actions, self._empty, self.rules_directory, POLKITD))
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                [*command, self.actions, self.rules_directory],
                 env={**self.rig.environment, "LC_ALL": "C.UTF-8"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -73,40 +68,37 @@ class Polkit:
             )
         self._until_logged(f"Acquired the name {AUTHORITY} ", seen)
 
-    def rules(self, text: str, name: str = "50-test.rules") -> None:
-        """Put a rules file in place, and return when polkitd goes by it. No later than ES5!"""
+    def rules(self, text: str) -> None:
+        """Replace its rules, and return when polkitd goes by them. No JavaScript beyond ES5!"""
+        for old in self.rules_directory.iterdir():
+            old.unlink()
         self._generation += 1
-        taken = f"{name} {self._generation} is in force"
+        name = f"{self._generation}.rules"
         file = self.rig.directory / name
-        file.write_text(f'{text}\npolkit.log("{taken}");\n')
+        file.write_text(f'{text}\npolkit.log("{name} is in force");\n')
         file.chmod(0o644)
-        seen = len(self.log)
         file.rename(self.rules_directory / name)
         if self.process is not None:
-            # Said in the course of a reload, during which no request is looked at.
-            self._until_logged(taken, seen)
+            # By inotify, and more than once; no request is looked at in the course of a reload.
+            self._until_logged(f"{name} is in force", 0, f"compiling script .*/{name}:")
 
     @property
     def log(self) -> str:
         """What it said, and what its rules said with polkit.log()."""
         return self.log_file.read_text("utf-8", "replace") if self.log_file.exists() else ""
 
-    def _until_logged(self, text: str, seen: int) -> None:
+    def _until_logged(self, text: str, seen: int, failure: str = r"\Z.") -> None:
         end = time.monotonic() + DEADLINE
-        while text not in self.log[seen:]:
-            assert self.process is not None
-            assert self.process.poll() is None, f"polkitd ended: {self.log}"
-            assert time.monotonic() < end, f"polkitd did not say '{text}': {self.log[seen:]}"
+        while text not in (said := self.log[seen:]):
+            assert self.process is not None and self.process.poll() is None, said
+            assert not re.search(failure, said), said
+            assert time.monotonic() < end, f"polkitd did not say '{text}': {said}"
             time.sleep(0.001)
 
-    def stop(self) -> None:
-        """It hangs until `resume`."""
+    def signal(self, number: int) -> None:
+        """SIGSTOP makes it hang, SIGCONT go on."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)
 
     def kill(self) -> None:
         """It dies, and with it every agent's registration and every dialog."""
@@ -137,23 +129,16 @@ def polkit(rig: Rig, rules: str | None = None) -> Iterator[Polkit]:
 # own, of that user, which then hands its connection over.
 
 _CALLER = """
-import array, os, socket, sys
+import os, socket, sys
 mine = socket.socket(fileno=int(sys.argv[1]))
 bus = socket.socket(socket.AF_UNIX)
 bus.connect(sys.argv[2])
-bus.sendall(b"\\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\\r\\n")
-def line():
-    text = b""
-    while not text.endswith(b"\\r\\n"):
-        byte = bus.recv(1)
-        if not byte:
-            sys.exit("the bus hung up")
-        text += byte
-    return text
-if not line().startswith(b"OK "):
+def say(line):
+    bus.sendall(line + b"\\r\\n")
+    return bus.recv(4096)
+if not say(b"\\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode()).startswith(b"OK "):
     sys.exit("the bus refused us")
-bus.sendall(b"NEGOTIATE_UNIX_FD\\r\\n")
-line()
+say(b"NEGOTIATE_UNIX_FD")
 bus.sendall(b"BEGIN\\r\\n")
 socket.send_fds(mine, [b"!"], [bus.fileno()])
 bus.close()
@@ -181,24 +166,11 @@ class Caller(Client):
         details = {"pid": Variant("u", self.process.pid), "start-time": Variant("t", started)}
         return ["unix-process", {**details, "uid": Variant("i", self.uid)}]
 
-    async def call(
-        self,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str = "",
-        body: Sequence[Any] = (),
-        *,
-        fds: Sequence[int] = (),
-        interactive: bool | None = None,
-        timeout: float = DEADLINE,
-    ) -> list[Any]:
+    async def call(self, *what: Any, interactive: bool | None = None, **options: Any) -> list[Any]:
         """See Client.call. An error reply is a RemoteError, whose `name` is the error's."""
         allowed = self.interactive if interactive is None else interactive
-        flags = Flag.ALLOW_INTERACTIVE_AUTHORIZATION if allowed else 0
-        reply = await self.connection.call(
-            BUS, path, interface, member, signature, body, fds=fds, flags=flags, timeout=timeout
-        )
+        options["flags"] = Flag.ALLOW_INTERACTIVE_AUTHORIZATION if allowed else 0
+        reply = await self.connection.call(BUS, *what, timeout=DEADLINE, **options)
         return list(reply.fds) if reply.fds else [plain(value) for value in reply.body]
 
 
@@ -207,11 +179,10 @@ async def caller(rig: Rig, uid: int, *, interactive: bool = False) -> AsyncItera
     """A client of the user `uid`, who must be in passwd."""
     user = pwd.getpwuid(uid)
     ours, theirs = socket.socketpair()
-    path = rig.address.partition("unix:path=")[2].partition(",")[0]
-    argv = ["/usr/bin/python3", "-I", "-S", "-c", _CALLER, str(theirs.fileno()), path]
+    argv = ["/usr/bin/python3", "-I", "-S", "-c", _CALLER, str(theirs.fileno())]
     with ours, theirs:
         process = subprocess.Popen(
-            argv,
+            [*argv, rig.directory / "bus"],
             user=uid,
             group=user.pw_gid,
             extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
@@ -220,11 +191,8 @@ async def caller(rig: Rig, uid: int, *, interactive: bool = False) -> AsyncItera
         )
         theirs.close()
         try:
-            connection = await _handed_over(ours)
-            try:
+            async with contextlib.aclosing(await _handed_over(ours)) as connection:
                 yield Caller(connection, process, uid, interactive)
-            finally:
-                await connection.aclose()
         finally:
             process.kill()
             process.wait()
@@ -245,12 +213,12 @@ async def _handed_over(channel: socket.socket) -> Connection:
 
 
 class Answer(enum.Enum):
-    """What becomes of a dialog."""
+    """What becomes of a dialog: how its agent ends."""
 
-    GRANT = "the right password is given"
-    REFUSE = "it is closed, and no password was right"
-    FAIL = "the agent fails"
-    DISMISS = "the user closes it"
+    GRANT = "Granted"
+    REFUSE = "Refused"
+    FAIL = "Failed"
+    DISMISS = "Cancelled"
 
 
 @dataclass(frozen=True)
@@ -268,11 +236,11 @@ class Request:
 class Agent:
     """An authentication agent, as a desktop has one. `answer` is for every dialog to come."""
 
-    def __init__(self, connection: Connection, subject: list[Any]) -> None:
+    def __init__(self, connection: Connection, subject: list[Any], answer: Answer | None) -> None:
         self.connection = connection
         self.subject = subject
         #: None: the dialog stays open until `close_all`, or until polkit cancels it.
-        self.answer: Answer | None = Answer.GRANT
+        self.answer = answer
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self._open: dict[str, asyncio.Future[Answer]] = {}
@@ -282,14 +250,8 @@ class Agent:
 
     async def register(self) -> None:
         """Anew, too, after polkitd was started anew."""
-        await self._authority(
-            "RegisterAuthenticationAgent", "(sa{sv})ss", [self.subject, "C", AGENT_PATH]
-        )
-
-    async def unregister(self) -> None:
-        await self._authority(
-            "UnregisterAuthenticationAgent", "(sa{sv})s", [self.subject, AGENT_PATH]
-        )
+        body = [self.subject, "C", AGENT_PATH]
+        await self._authority("RegisterAuthenticationAgent", "(sa{sv})ss", body)
 
     async def asked(self, count: int = 1) -> Request:
         """The dialog with this number, from 1, once it is shown."""
@@ -302,11 +264,10 @@ class Agent:
 
     def close_all(self, answer: Answer) -> None:
         """End every open dialog like that."""
-        for dialog in self._open.values():
-            if not dialog.done():
-                dialog.set_result(answer)
+        while self._open:
+            self._open.popitem()[1].set_result(answer)
 
-    async def _until(self, holds: Any) -> None:
+    async def _until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE):
             while not holds():
                 self._news.clear()
@@ -322,24 +283,25 @@ class Agent:
         elif message.member == "CancelAuthentication":
             (cookie,) = message.body
             self.cancelled.append(cookie)
-            if cookie in self._open and not self._open[cookie].done():
-                self._open[cookie].set_result(Answer.DISMISS)
+            if dialog := self._open.pop(cookie, None):
+                dialog.set_result(Answer.DISMISS)
             self._reply(message)
         self._news.set()
 
     async def _authenticate(self, message: Message) -> None:
-        request = Request(*message.body)
+        request = Request(*plain(message.body))
+        dialog = self._open[request.cookie] = asyncio.get_running_loop().create_future()
         self.requests.append(request)
-        dialog: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._open[request.cookie] = dialog
         self._news.set()
-        answer = self.answer or await dialog
-        del self._open[request.cookie]
+        if self.answer is not None:
+            self._open.pop(request.cookie).set_result(self.answer)
+        answer = await dialog
         if answer is Answer.GRANT:
-            body = [os.getuid(), request.cookie, request.identities[0]]
-            await self._authority("AuthenticationAgentResponse2", "us(sa{sv})", body)
-        errors = {Answer.DISMISS: "Cancelled", Answer.FAIL: "Failed"}
-        self._reply(message, errors.get(answer))
+            body = [os.getuid(), request.cookie, message.body[5][0]]
+            with contextlib.suppress(RemoteError):  # it shows in what polkit decides
+                await self._authority("AuthenticationAgentResponse2", "us(sa{sv})", body)
+        failed = answer in (Answer.FAIL, Answer.DISMISS)
+        self._reply(message, answer.value if failed else None)
 
     def _reply(self, message: Message, error: str | None = None) -> None:
         answer = Message(kind=Kind.RETURN, destination=message.sender, reply_serial=message.serial)
@@ -362,14 +324,9 @@ class Agent:
 
 
 @contextlib.asynccontextmanager
-async def agent(
-    caller: Caller, rig: Rig, answer: Answer | None = Answer.GRANT
-) -> AsyncIterator[Agent]:
-    """An agent, run by root, for what `caller` asks for."""
-    found = Agent(await Connection.open(rig.address), caller.subject)
-    found.answer = answer
-    try:
+async def agent(rig: Rig, asker: Caller, answer: Answer | None = None) -> AsyncIterator[Agent]:
+    """An agent, run by root, for what `asker` wants. With no answer its dialogs stay open."""
+    found = Agent(await Connection.open(rig.address), asker.subject, answer)
+    async with contextlib.aclosing(found):
         await found.register()
         yield found
-    finally:
-        await found.aclose()

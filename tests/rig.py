@@ -161,23 +161,38 @@ def vmbusd(
     directory: Path, suffix: str, settings: Mapping[str, object] | None = None, *, user: bool
 ) -> list[str]:
     """The command line of a vmbusd that has its settings and its state in this directory."""
-    values: dict[str, object] = {"kvm": "off", "shutdown_timeout": 1.0, **(settings or {})}
+    # Whatever memory the host has: stand-ins take none of it.
+    memory = {"memory": {"per_user": 1 << 20, "in_all": 1 << 20}}
+    values: dict[str, object] = {
+        "kvm": "off",
+        "shutdown_timeout": 1.0,
+        "limits": memory,
+        **(settings or {}),
+    }
     config = directory / f"vmbusd{suffix}.toml"
-    # JSON's strings, numbers, booleans and flat lists are TOML's.
-    config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    config.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in values.items()))
     command = [sys.executable, "-m", "vmbus.daemon", "--verbose"]
     command += ["--config", str(config), "--runtime-dir", str(directory / f"run{suffix}")]
-    return [*command, "--user"] if user else command
+    return [*command, "--user" if user else "--allow-root"]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
+    # JSON's strings, numbers, booleans and flat lists are TOML's.
+    return json.dumps(value)
 
 
 class Service:
-    """A vmbusd on a rig's bus."""
+    """A vmbusd on a rig's bus; of the user `user`, if that is named."""
 
     def __init__(
         self,
         rig: Rig,
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
+        *,
+        user: str | None = None,
     ) -> None:
         self.rig = rig
         self.number = len(rig.services)
@@ -186,6 +201,10 @@ class Service:
         self.log = rig.directory / f"vmbusd{self.number}.log"
         self.argv = vmbusd(rig.directory, f"{self.number}", settings, user=not rig.system)
         self.environment = {**rig.environment, "PYTHONWARNINGS": "error", **(environment or {})}
+        if user is not None:
+            self.argv.remove("--allow-root")
+            self.runtime.mkdir(mode=0o700)
+            shutil.chown(self.runtime, user, user)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.argv,
@@ -194,6 +213,9 @@ class Service:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 cwd=rig.directory,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
             )
         self._wait_for_name()
 

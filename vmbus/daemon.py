@@ -15,12 +15,14 @@ from typing import Any
 import click
 
 from . import __version__
+from .bus.authority import Authority, Polkit, SameUser
 from .bus.connection import Connection, RemoteError, bus_address
 from .bus.contract import BUS_NAME
 from .bus.gate import Gate
 from .bus.methods import Service
 from .bus.objects import Objects
-from .bus.peers import Authority, Peers, RootAndRequester, SameUser
+from .bus.peers import Peers
+from .model.limits import Limits
 from .model.registry import Registry
 from .settings import Settings, SettingsError, load_settings
 from .vmm.host import Host
@@ -54,19 +56,21 @@ async def _serve_on(
 ) -> None:
     host = Host(settings)
     objects = Objects(connection, __version__)
+    limits = Limits(settings.limits)
     registry = Registry(
         directory,
         settings,
         host,
         objects,
+        limits,
         image_directories=None if user else settings.image_directories,
     )
     peers = Peers(connection)
-    authority: Authority = SameUser(peers) if user else RootAndRequester(peers)
-    gate = Gate(connection, Service(objects, registry, settings), authority)
+    authority: Authority = SameUser(peers) if user else Polkit(connection, peers)
+    gate = Gate(connection, Service(objects, registry, settings), authority, peers, limits)
     connection.handler = gate.handle
     told = _told_to_end()
-    await _own_name(connection)
+    await _own_name(connection, peers)
     _prepare_directory(registry, directory)
     finding = asyncio.create_task(_find_vmms(host, objects), name="find-vmms")
     try:
@@ -79,8 +83,9 @@ async def _serve_on(
         await gate.aclose(_LAST_ANSWERS)
 
 
-async def _own_name(connection: Connection) -> None:
+async def _own_name(connection: Connection, peers: Peers) -> None:
     try:
+        await peers.watch()
         (answer,) = await connection.call_bus("RequestName", "su", [BUS_NAME, _DO_NOT_QUEUE])
     except RemoteError as error:
         raise Failure(f"the bus does not let us own {BUS_NAME}: {error.text}") from error
@@ -160,9 +165,12 @@ def _prepare_process() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="State and sockets.  [default: /run/vmbus]",
 )
+@click.option("--allow-root", is_flag=True, help="Run as root on the system bus all the same.")
 @click.option("--verbose", "-v", is_flag=True, help="Log what is going on.")
 @click.version_option(__version__)
-def main(user: bool, config: Path | None, runtime_dir: Path | None, verbose: bool) -> None:
+def main(
+    user: bool, config: Path | None, runtime_dir: Path | None, allow_root: bool, verbose: bool
+) -> None:
     """Run virtual machines for callers on D-Bus."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -170,6 +178,8 @@ def main(user: bool, config: Path | None, runtime_dir: Path | None, verbose: boo
         stream=sys.stderr,
     )
     try:
+        if os.geteuid() == 0 and not user and not allow_root:
+            raise Failure("it needs no privilege and won't run as root; start it as the user vmbus")
         _prepare_process()
         asyncio.run(serve(_settings(config), _runtime_directory(runtime_dir, user=user), user=user))
     except (Failure, SettingsError) as error:

@@ -7,6 +7,7 @@ was opened, not the name it had a moment before.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -53,7 +54,21 @@ class OpenFile:
         """Close the descriptor, once."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            # What a file system has to say here of what was written is not for us.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def size_now(self) -> int:
+        """Its size in bytes, whatever became of it since it was opened. Raises OSError."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def is_block_device(self) -> bool:
+        """Raises OSError."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
+
+    def is_still(self, path: str) -> bool:
+        """Whether that path still leads to it. Raises OSError."""
+        return os.path.samestat(os.stat(path), os.fstat(self.fd))
 
     def __repr__(self) -> str:
         return f"OpenFile({self.name!r})"
@@ -62,7 +77,9 @@ class OpenFile:
 class FilePolicy:
     """Which files may be opened, and every one that was, so that a refusal can close them all."""
 
-    def __init__(self, image_directories: tuple[Path, ...] | None) -> None:
+    def __init__(self, image_directories: tuple[Path, ...] | None, caller: int = 0) -> None:
+        #: The user on whose behalf files are opened.
+        self.caller = caller
         #: None: any path will do, since the caller and the service are the same user.
         self.image_directories = image_directories
         self.opened: list[OpenFile] = []
@@ -88,13 +105,7 @@ class FilePolicy:
     def open_disk(self, source: object, *, writable: bool) -> OpenFile:
         """Take a disk image, like `open`. Raises ValueError if it isn't raw."""
         file = self.open(source, writable=writable)
-        head = _head(file.fd)
-        for magic, name in _FORMATS.items():
-            if head.startswith(magic):
-                raise ValueError(
-                    f"the image is {name}, and only raw ones are taken; "
-                    "`qemu-img convert -O raw` makes one"
-                )
+        check_raw(file)
         return file
 
     def open_tap(self, source: object) -> OpenFile:
@@ -102,23 +113,23 @@ class FilePolicy:
         if isinstance(source, Handle):
             file = _adopt_tap(source)
         elif isinstance(source, str):
-            file = OpenFile(-1, _checked_tap(source), writable=True, size=0)
+            file = OpenFile(-1, self._checked_tap(source), writable=True, size=0)
         else:
             raise ValueError("must be an open tap device (h) or the name of one (s)")
         self.opened.append(file)
         return file
 
-    def directory(self, source: object) -> str:
-        """Check a directory to be shared; it is the VMM that opens it. Raises ValueError."""
+    def directory(self, source: object) -> OpenFile:
+        """Hold a directory to be shared; its name is for the VMM to open. Raises ValueError."""
         if not isinstance(source, str):
             raise ValueError("must be a path (s)")
         place = self._locate(source)
-        try:
-            if not stat.S_ISDIR(os.fstat(place).st_mode):
-                raise ValueError(f"{_short(source)} is not a directory")
-            return os.readlink(f"/proc/self/fd/{place}")
-        finally:
-            os.close(place)
+        real = os.readlink(f"/proc/self/fd/{place}")
+        file = OpenFile(place, real, writable=False, size=0)
+        self.opened.append(file)
+        if not stat.S_ISDIR(os.fstat(place).st_mode):
+            raise ValueError(f"{_short(source)} is not a directory")
+        return file
 
     def _adopt(self, handle: Handle, *, writable: bool) -> OpenFile:
         flags = fcntl.fcntl(handle.fd, fcntl.F_GETFL)
@@ -171,6 +182,25 @@ class FilePolicy:
             raise
         return place
 
+    def _checked_tap(self, name: str) -> str:
+        """Find out now what would keep the VMM from opening a tap device. Raises ValueError."""
+        device = Path("/sys/class/net") / name
+        if not 0 < len(name) < 16 or not name.isascii() or "/" in name or name in (".", ".."):
+            raise ValueError(f"{_short(name)!r} is not the name of a network device")
+        if not device.exists():
+            raise ValueError(f"there is no network device {name}")
+        flags = device / "tun_flags"
+        if not flags.exists() or not int(flags.read_text(), 16) & _IFF_TAP:
+            raise ValueError(f"{name} is not a tap device")
+        owner = int((device / "owner").read_text())
+        if self.image_directories is not None and self.caller not in (0, owner):
+            raise ValueError(f"the owner of {name} is uid {owner}; pass an open tap device")
+        if os.getuid() not in (0, owner):
+            raise ValueError(
+                f"the service may not open {name}, which is uid {owner}'s; pass an open tap device"
+            )
+        return name
+
     def _check_place(self, path: str, real: str) -> None:
         if self.image_directories is None:
             return
@@ -180,6 +210,17 @@ class FilePolicy:
             raise ValueError(
                 f"{_short(path)} is not below an image directory ({names or 'none is set'}); "
                 "pass an open file instead"
+            )
+
+
+def check_raw(file: OpenFile) -> None:
+    """Look at what a disk image is. Raises ValueError if it says that it isn't raw."""
+    head = _head(file.fd)
+    for magic, name in _FORMATS.items():
+        if head.startswith(magic):
+            raise ValueError(
+                f"the image is {name}, and only raw ones are taken; "
+                "`qemu-img convert -O raw` makes one"
             )
 
 
@@ -213,24 +254,6 @@ def _adopt_tap(handle: Handle) -> OpenFile:
         raise ValueError("it must be a tap device, not a tun device")
     copy = fcntl.fcntl(handle.fd, fcntl.F_DUPFD_CLOEXEC, 3)
     return OpenFile(copy, name.rstrip(b"\0").decode("ascii", "replace"), writable=True, size=0)
-
-
-def _checked_tap(name: str) -> str:
-    """Find out now what would keep the VMM from opening a tap device. Raises ValueError."""
-    device = Path("/sys/class/net") / name
-    if not 0 < len(name) < 16 or not name.isascii() or "/" in name or name in (".", ".."):
-        raise ValueError(f"{_short(name)!r} is not the name of a network device")
-    if not device.exists():
-        raise ValueError(f"there is no network device {name}")
-    flags = device / "tun_flags"
-    if not flags.exists() or not int(flags.read_text(), 16) & _IFF_TAP:
-        raise ValueError(f"{name} is not a tap device")
-    owner = int((device / "owner").read_text())
-    if os.getuid() not in (0, owner):
-        raise ValueError(
-            f"the service may not open {name}, whose owner is uid {owner}; pass an open tap device"
-        )
-    return name
 
 
 def _short(path: str) -> str:

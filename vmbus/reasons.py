@@ -67,3 +67,10 @@ def death_reason(
         # Out of time, it may still have gone by the VMM's own stop, in the moment before SIGKILL.
         return killed_for or asked_for
     return reason
+
+
+def obituary(status: int) -> str:
+    """What to say of a VMM that said nothing itself."""
+    if status == 0:
+        return ""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

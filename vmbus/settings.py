@@ -8,9 +8,36 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .spec import host_memory_mib
+
 
 class SettingsError(Exception):
     """A settings file that can't be used; the message names the file and every problem."""
+
+
+class Limit(BaseModel):
+    """How much of something one user can have, and all users together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    per_user: int = Field(ge=0)
+    in_all: int = Field(ge=0)
+
+
+def _whole_host() -> Limit:
+    return Limit(per_user=host_memory_mib(), in_all=host_memory_mib())
+
+
+class LimitSettings(BaseModel):
+    """The table `limits`. Memory is in MiB and counts for VMs that run; default: the host's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vms: Limit = Limit(per_user=1000, in_all=4000)
+    memory: Limit = Field(default_factory=_whole_host)
+    calls: Limit = Limit(per_user=1000, in_all=4000)
+    consoles: Limit = Limit(per_user=200, in_all=2000)
+    files: Limit = Limit(per_user=2000, in_all=8000)
 
 
 class Settings(BaseModel):
@@ -38,6 +65,8 @@ class Settings(BaseModel):
     """How long Stop waits for the guest when its caller names no time."""
     shutdown_timeout: float = Field(default=20.0, gt=0, le=3600)
     """How long the VMs get to end when the service ends."""
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    """What one user, and all together, can take; each a table with `per_user` and `in_all`."""
     console_log_bytes: int = Field(default=256 * 1024, ge=4096, le=1 << 30)
     """How much of each VM's console is kept, at the most. The oldest goes first."""
 

@@ -21,13 +21,15 @@ from pydantic import (
     ValidationInfo,
 )
 
-from .errors import InvalidConfig
+from .errors import InvalidArgs, InvalidConfig, NotSupported
 from .files import FilePolicy, OpenFile
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 #: Longest kernel command line, in bytes: what x86 kernels take, less their closing NUL.
 MAX_PARAMS = 2047
 MIN_MEMORY_MIB = 16
+#: What the size of a disk is a multiple of, in bytes.
+SECTOR = 512
 MAX_DISKS = 8
 MAX_NETS = 4
 MAX_SHARED_DIRS = 4
@@ -79,7 +81,7 @@ def _open_tap(value: object, info: ValidationInfo) -> OpenFile:
     return _policy(info).open_tap(value)
 
 
-def _directory(value: object, info: ValidationInfo) -> str:
+def _directory(value: object, info: ValidationInfo) -> OpenFile:
     return _policy(info).directory(value)
 
 
@@ -117,7 +119,7 @@ class Net(_Model):
 class SharedDir(_Model):
     """One directory of the host that the guest mounts by its tag."""
 
-    source: Annotated[str, PlainValidator(_directory)]
+    source: Annotated[OpenFile, PlainValidator(_directory)]
     tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,35}$")]
     writable: bool = False
 
@@ -141,18 +143,44 @@ class VMConfig(_Model):
     vsock: bool | None = None
     protected: bool = False
     balloon: bool = True
-    gdb_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    gdb_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    kill_on_disconnect: bool = False
     collect: Literal["manual", "on-death"] = "manual"
 
     def files(self) -> list[OpenFile]:
         """Every file the VM needs, in no order."""
         single = [file for file in (self.kernel, self.initrd, self.bios) if file is not None]
-        return single + [disk.image for disk in self.disks] + [net.tap for net in self.net]
+        several = [disk.image for disk in self.disks] + [net.tap for net in self.net]
+        return single + several + [shared.source for shared in self.shared_dirs]
+
+    def check_memory_target(self, size: int) -> None:
+        """Whether the guest can be left `size` bytes. Raises NotSupported or InvalidArgs."""
+        if not self.balloon:
+            raise NotSupported("this VM was created without a balloon")
+        least, most = MIN_MEMORY_MIB << 20, self.memory_mib << 20
+        if not least <= size <= most:
+            raise InvalidArgs(f"the guest can have {least} to {most} bytes, not {size}")
+
+    def check_disk_size(self, index: int, size: int) -> None:
+        """Whether a disk can be that large at all. Raises NotSupported or InvalidArgs."""
+        if index >= len(self.disks):
+            raise InvalidArgs(f"there is no disk {index}; the VM has {len(self.disks)}")
+        if not self.disks[index].writable:
+            raise NotSupported(f"disk {index} is read-only")
+        if size % SECTOR:
+            raise InvalidArgs(f"a disk's size must be a multiple of {SECTOR} bytes")
 
     def close(self) -> None:
         """Close the files; a VM that has ended, or never will start, needs them no more."""
         for file in self.files():
             file.close()
+
+    def close_for_run(self) -> None:
+        """Close what is the VMM's by now; a writable disk is kept, to see how large it is."""
+        kept = [disk.image for disk in self.disks if disk.writable]
+        for file in self.files():
+            if file not in kept:
+                file.close()
 
 
 def joint_problems(raw: Mapping[str, object]) -> list[str]:
@@ -188,10 +216,21 @@ def parse_config(raw: Mapping[str, object], files: FilePolicy) -> VMConfig:
     except BaseException:
         files.close_all()
         raise
+    else:
+        problems += _too_large(config)
     if problems:
         files.close_all()
         raise InvalidConfig(problems)
     return config
+
+
+def _too_large(config: VMConfig) -> list[str]:
+    """What can't be loaded into the guest's memory, and may have to be copied before."""
+    return [
+        f"{key}: the file is larger than the guest's memory"
+        for key in ("kernel", "initrd", "bios")
+        if (file := getattr(config, key)) is not None and file.size > config.memory_mib << 20
+    ]
 
 
 _PARTS: Mapping[str, type[_Model]] = {"disks": Disk, "net": Net, "shared_dirs": SharedDir}

@@ -737,6 +737,7 @@ CREDENTIALS = {"UnixUserID": Var("u", os.getuid()), "ProcessID": Var("u", 1)}
 async def let_serve(fake: FakeBus) -> None:
     """Let it own its name, and let it know who :1.7 is."""
     await fake.accept()
+    await fake.answer("AddMatch", "", [])
     await fake.answer("RequestName", "u", [1])
     await fake.send(frames.call("/", PEER, "Ping", sender=":1.7"))
     await fake.answer("GetConnectionCredentials", "a{sv}", [CREDENTIALS])
@@ -809,6 +810,7 @@ async def test_garbage_from_the_bus_is_refused(on_fake: Started, fake: FakeBus) 
 
 async def test_whom_the_bus_does_not_vouch_for_is_denied(on_fake: Started, fake: FakeBus) -> None:
     await fake.accept()
+    await fake.answer("AddMatch", "", [])
     await fake.answer("RequestName", "u", [1])
     stranger = {"UnixUserID": Var("u", os.getuid() + 1)}
     for sender, found in ((":1.8", {}), (":1.9", stranger)):
@@ -876,7 +878,7 @@ async def hang_up_later(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
     await reader.read(1)
     fields = [(frames.REPLY_SERIAL, 1), (frames.SIGNATURE, "s")]
     writer.write(frames.frame(frames.RETURN, fields, frames.body_of("s", [":1.0"])))
-    while b"RequestName" not in await reader.read(65536):
+    while b"AddMatch" not in await reader.read(65536):
         pass
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,21 @@ async def test_descriptors_of_files_that_the_service_may_not_open(
     await guest.prints("vmbus was here")
     assert await guest.dies() == ["shutdown", 0]
     assert disk.read_bytes().startswith(b"changed\n")
+
+
+async def test_a_block_device(boot: Any, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"on a block device".ljust(1 << 20, b"\0"))
+    attached = ["losetup", "--find", "--show", str(image)]
+    loop = subprocess.run(attached, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        disks = [{"image": loop, "writable": True}]
+        guest = await boot("head -c 17 /dev/vda; echo written > /dev/vda; sync", disks=disks)
+        await guest.prints("on a block device")
+        assert await guest.dies() == ["shutdown", 0]
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+    assert image.read_bytes().startswith(b"written")
 
 
 async def test_a_read_only_disk_is_one(boot: Any, tmp_path: Path) -> None:

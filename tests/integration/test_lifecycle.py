@@ -19,7 +19,9 @@ from tests.rig import (
     ERROR,
     MANAGER,
     MANAGER_PATH,
+    OBJECT_MANAGER,
     STANDARD_ERROR,
+    VM,
     Client,
     Rig,
     Service,
@@ -428,7 +430,7 @@ async def test_bad_descriptor(
 
 
 async def test_descriptors(bus: Client, service: Service, tmp_path: Path) -> None:
-    """A kernel and a disk by descriptor; the service keeps nothing open of them after Start."""
+    """A kernel and disks by descriptor; after Start the service keeps the writable one alone."""
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(4096))
     kernel_fd = os.open(guest(tmp_path), os.O_RDONLY)
@@ -441,8 +443,9 @@ async def test_descriptors(bus: Client, service: Service, tmp_path: Path) -> Non
     os.close(kernel_fd)
     os.close(disk_fd)
     await bus.vm(path, "Start")
-    assert not any(str(tmp_path) in link for link in service.fds())
+    assert [link for link in service.fds() if str(tmp_path) in link] == [str(disk)]
     await bus.vm(path, "Kill")
+    assert not any(str(tmp_path) in link for link in service.fds())
 
 
 async def test_name_exists(bus: Client, service: Service, tmp_path: Path) -> None:
@@ -518,3 +521,107 @@ async def test_a_reader_that_has_said_all_still_hears(bus: Client, tmp_path: Pat
     assert (await _read(stream, len("login: "))).startswith(b"login: ")
     stream.close()
     await bus.vm(path, "Kill")
+
+
+async def test_nothing_starts_once_the_service_ends(tmp_path: Path) -> None:
+    """A VM that would be started while the others are being ended would outlive its service."""
+    rig = Rig(system=False)
+    try:
+        ending = Service(rig, {"crosvm": str(CROSVM), "kvm": "on", "shutdown_timeout": 2.0})
+        async with client(rig) as caller:
+            await caller.listen()
+            deaf = guest(tmp_path, on={"Powerbtn": {"ignore": True}})
+            path = await _running(caller, deaf)
+            other = await caller.create(kernel=guest(tmp_path))
+            ending.process.send_signal(signal.SIGTERM)
+            await caller.until_state(path, "stopping")
+            async with refused(ERROR + "InvalidState") as text:
+                await caller.vm(other, "Start")
+            assert "shutting down" in text[0]
+            async with refused(ERROR + "InvalidState"):
+                await caller.create(kernel=guest(tmp_path))
+            assert (await caller.died(path))[1] == "host-shutdown"
+        assert await asyncio.to_thread(ending.process.wait, DEADLINE) == 0
+    finally:
+        rig.close()
+
+
+async def test_hostile_words_of_a_vmm(bus: Client, tmp_path: Path) -> None:
+    """What a VMM says may break its own VM, not what others are told."""
+    words = {"ErrString": "bad\0\ud800\n\x1b[31m words"}
+    path = await bus.create(kernel=guest(tmp_path, on={"VcpuPidTid": {"reply": words}}))
+    async with refused(ERROR + "StartFailed") as text:
+        await bus.vm(path, "Start")
+    assert "words" in text[0]
+    await bus.died(path)
+    changes = [plain(m.body)[1] for m in bus.of(path) if m.member == "PropertiesChanged"]
+    assert changes[-1]["State"] == "failed"
+    found = await bus.get_all(path)
+    assert found["LastWords"].isprintable()
+    objects = await bus.call(MANAGER_PATH, OBJECT_MANAGER, "GetManagedObjects")
+    assert path in objects[0]
+    await bus.vm(path, "Remove")
+
+
+async def test_a_kernel_larger_than_the_guests_memory(bus: Client, tmp_path: Path) -> None:
+    kernel = tmp_path / "huge"
+    with kernel.open("wb") as file:
+        file.truncate(1 << 40)
+    async with refused(ERROR + "InvalidConfig") as text:
+        await bus.create(kernel=kernel)
+    assert "kernel: the file is larger" in text[0]
+
+
+async def test_a_shared_directory_that_is_another_by_start(bus: Client, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shares = [{"source": str(shared), "tag": "t", "writable": True}]
+    path = await bus.create(kernel=guest(tmp_path), shared_dirs=shares)
+    shared.rmdir()
+    shared.symlink_to("/etc")
+    async with refused(ERROR + "StartFailed") as text:
+        await bus.vm(path, "Start")
+    assert "not the directory that it was at Create" in text[0]
+    await bus.vm(path, "Remove")
+
+
+async def test_an_image_that_is_not_raw_any_more_by_start(bus: Client, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    path = await bus.create(kernel=guest(tmp_path), disks=[{"image": str(disk)}])
+    disk.write_bytes(b"QFI\xfb".ljust(4096, b"\0"))
+    async with refused(ERROR + "StartFailed") as text:
+        await bus.vm(path, "Start")
+    assert "qcow2" in text[0]
+    await bus.vm(path, "Remove")
+
+
+async def test_a_disk_that_grew_meanwhile_never_shrinks(bus: Client, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    disks = [{"image": str(disk), "writable": True}]
+    path = await bus.create(kernel=guest(tmp_path), disks=disks)
+    os.truncate(disk, 8 << 20)
+    await bus.vm(path, "Start")
+    async with refused(STANDARD_ERROR + "InvalidArgs") as text:
+        await bus.vm(path, "ResizeDisk", "ut", 0, 2 << 20)
+    assert str(8 << 20) in text[0]
+    assert disk.stat().st_size == 8 << 20
+    await bus.vm(path, "Kill")
+
+
+async def test_waits_hold_no_descriptors(bus: Client, service: Service, tmp_path: Path) -> None:
+    """Descriptors that came with a call that takes none are closed before it is answered."""
+    path = await bus.create(kernel=guest(tmp_path))
+    fds = service.fds()
+    with open("/dev/null") as null:
+        waits = [
+            asyncio.create_task(bus.call(path, VM, "Wait", fds=[null.fileno()] * 16))
+            for _ in range(20)
+        ]
+        await bus.get(path, "State")
+        await bus.get(path, "State")
+        assert service.fds() == fds
+    await bus.vm(path, "Start")
+    await bus.vm(path, "Kill")
+    assert {tuple(await wait) for wait in waits} == {("killed", -9)}

@@ -7,6 +7,7 @@ import os
 import select
 import shlex
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.conftest import LIBRARIES
 from tests.contract import INTROSPECTABLE, METHODS
 from tests.frames import Var
 from tests.handmade import raw
+from tests.polkit import polkit
 from tests.rig import (
     BUS,
     CROSVM,
@@ -42,13 +44,14 @@ NOBODY = 65534
 
 @pytest.fixture(scope="module", params=LIBRARIES)
 def system_service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    """A vmbusd of root, on a bus of its own."""
+    """A vmbusd of the user vmbus, on a bus of its own, with polkit."""
     rig = Rig(system=True)
     images = rig.directory / "images"
     images.mkdir()
     settings = {"crosvm": str(CROSVM), "kvm": "on", "image_directories": [str(images)]}
-    yield Service(rig, settings, {"VMBUS_DBUS_LIBRARY": str(request.param)})
-    rig.close()
+    with polkit(rig):
+        yield Service(rig, settings, {"VMBUS_DBUS_LIBRARY": str(request.param)}, user="vmbus")
+        rig.close()
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ async def test_busctl_of_anybody_shows_everything(
         assert expected in done.stdout, done.stderr
 
 
-async def test_nobody_may_create_but_root(
+async def test_nobody_may_create_unless_polkit_says_so(
     root: Client, system_service: Service, kernel: Path
 ) -> None:
     config = f"{{'kernel': <'{kernel}'>}}"
@@ -123,8 +126,8 @@ async def test_nobody_may_create_but_root(
     said = await asyncio.to_thread(
         nobody, system_service, MANAGER_PATH, f"{MANAGER}.Create", config
     )
-    assert f"{STANDARD_ERROR}AccessDenied" in said
-    assert "only root may create a VM" in said
+    assert f"{STANDARD_ERROR}InteractiveAuthorizationRequired" in said
+    assert "org.vmbus1.create needs authentication" in said
     assert await root.get(MANAGER_PATH, "VMCount") == before
     path = await root.create(kernel=kernel)
     assert await root.get(path, "RequesterUid") == 0
@@ -138,7 +141,7 @@ async def test_a_refusal_tells_nothing_of_what_was_asked_for(
     said = await asyncio.to_thread(
         nobody, system_service, MANAGER_PATH, f"{MANAGER}.Create", config
     )
-    assert f"{STANDARD_ERROR}AccessDenied" in said
+    assert f"{STANDARD_ERROR}InteractiveAuthorizationRequired" in said
     assert "shadow" not in said and "nonsense" not in said
 
 
@@ -160,8 +163,8 @@ async def test_nobody_may_touch_what_is_roots(
     await root.vm(path, "Start")
     before = await root.get_all(path)
     said = await asyncio.to_thread(nobody, system_service, path, f"{VM}.{member}", *arguments)
-    assert f"{STANDARD_ERROR}AccessDenied" in said
-    assert "another user" in said
+    assert f"{STANDARD_ERROR}InteractiveAuthorizationRequired" in said
+    assert "org.vmbus1.manage needs authentication" in said
     assert await root.get_all(path) == before
     await root.vm(path, "Kill")
 
@@ -174,6 +177,21 @@ async def test_nobody_may_own_the_name(system_service: Service) -> None:
     )
     assert f"{STANDARD_ERROR}AccessDenied" in said
     assert "own" in said
+
+
+def test_root_may_not_run_the_service(system_service: Service) -> None:
+    rig = system_service.rig
+    done = rig.command(sys.executable, "-m", "vmbus.daemon", "--runtime-dir", str(rig.directory))
+    assert done.returncode == 1
+    assert "won't run as root; start it as the user vmbus" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_service_has_no_privilege(system_service: Service) -> None:
+    status = Path(f"/proc/{system_service.process.pid}/status").read_text()
+    sets = dict(line.split(":\t") for line in status.splitlines())
+    assert "0" not in sets["Uid"].split()
+    assert {int(sets[each], 16) for each in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
 
 
 # What the bus itself keeps out, from root too

@@ -13,6 +13,7 @@ from typing import Any
 from vmbus.errors import VMMUnavailable
 from vmbus.files import FilePolicy
 from vmbus.model.identity import Identity, Observer, Requester
+from vmbus.model.limits import Limits, Shares
 from vmbus.model.machine import Machine
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
@@ -116,10 +117,10 @@ class FakeDriver:
         self.prepared.set()
         self.may_go_on.wait(DEADLINE)
         self._fail("prepare")
+        (launch.directory / "file").touch()
         command = Command([], self._connect, helpers=self.helpers)
         orders = command.pass_fd(command.own_fd(os.dup(self._order)))
         command.pass_fd(launch.console)
-        (launch.directory / "file").touch()
         command.argv = [*self.argv, orders]
         return command
 
@@ -216,7 +217,9 @@ def machine(
     """A VM whose directory exists."""
     identity = Identity(7, "guest", 2048, directory / "7", Requester(1000))
     identity.directory.mkdir()
-    return Machine(identity, config, driver, settings or Settings(), observer, kvm=False)
+    settings = settings or Settings()
+    shares = Shares(Limits(settings.limits), 1000, files=len(config.files()))
+    return Machine(identity, config, driver, settings, observer, shares=shares, kvm=False)
 
 
 class FakeHost(Host):

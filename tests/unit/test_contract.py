@@ -12,9 +12,9 @@ import pytest
 
 import vmbus
 from vmbus import errors
+from vmbus.bus.authority import Access
 from vmbus.bus.contract import interfaces
 from vmbus.bus.methods import TABLE
-from vmbus.bus.peers import Access
 
 ROOT = Path(vmbus.__file__).parents[1]
 PACKAGE = ROOT / "vmbus"

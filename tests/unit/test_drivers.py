@@ -288,9 +288,9 @@ def test_crosvms_options(make: Maker, changes: dict[str, Any], words: list[str])
     ("changes", "problems"),
     [
         ({}, []),
-        ({"vsock": True, "gdb_port": 1, "balloon": False}, []),
+        ({"vsock": True, "gdb_port": 1234, "balloon": False}, []),
         ({"protected": True}, ["protected: this host has no protected KVM"]),
-        ({"gdb_port": 1, "cpus": 2}, ["gdb_port: crosvm can debug a VM with one CPU only"]),
+        ({"gdb_port": 1234, "cpus": 2}, ["gdb_port: crosvm can debug a VM with one CPU only"]),
     ],
     ids=str,
 )
@@ -485,7 +485,7 @@ STAMP = "[2024-01-01T00:00:00.000000000+00:00 INFO  crosvm] "
         (f"{STAMP}exiting with watchdog reset\n", Reason.WATCHDOG),
         (f"more\n{STAMP}exiting with success\n\n", Reason.SHUTDOWN),
         (f"{STAMP}exiting with success\nmore\n", None),
-        (f"{STAMP}exiting with error 1: x\n", None),
+        (f"{STAMP}exiting with error 1: x\n", Reason.CRASH),
         (f"{STAMP}exiting with something new\n", None),
         (f"{STAMP}not exiting with success\n", None),
         ("", None),

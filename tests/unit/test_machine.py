@@ -227,13 +227,13 @@ async def test_every_wait_is_answered_before_and_after_death(
 
 
 async def test_console_ends_with_the_vm(vm: Machine) -> None:
-    fd = vm.open_console()
+    fd = vm.open_console(1000)
     await vm.start()
     await vm.kill()
     assert os.read(fd, 100) == b""
     os.close(fd)
     with pytest.raises(InvalidState, match="a VM that is dead has no console; its log"):
-        vm.open_console()
+        vm.open_console(1000)
 
 
 # Start
@@ -365,15 +365,12 @@ async def test_kill_in_the_moment_after_death_is_not_why_it_died(
 async def test_kill_while_files_are_made_ready(
     vm: Machine, driver: FakeDriver, observer: Recorder
 ) -> None:
-    """There is no process yet, and there never will be one."""
+    """There is no process yet, there never will be one, and nobody waits for the files."""
     driver.may_go_on.clear()
     starting = _task(vm.start())
     await asyncio.to_thread(driver.prepared.wait, DEADLINE)
-    killing = _task(vm.kill())
-    await asyncio.to_thread(int)
-    assert not killing.done()
+    await _task(vm.kill())
     driver.may_go_on.set()
-    await killing
     assert await _refused(starting) == "fake: ended before it was started"
     assert observer.told == [STARTING, FAILED, f"died killed {KILL}"]
 
@@ -383,7 +380,7 @@ async def test_kill_while_files_are_made_ready(
     [
         (Machine.kill, "killed"),
         (lambda vm: vm.kill(Reason.HANGUP), "hangup"),
-        (lambda vm: vm.stop(LONG), "stopped"),
+        (lambda vm: vm.stop(LONG), "killed"),
         (lambda vm: vm.stop(LONG, Reason.HOST_SHUTDOWN), "host-shutdown"),
     ],
 )
@@ -540,7 +537,7 @@ async def test_remove_of_a_vm_that_was_never_started(vm: Machine) -> None:
 
 
 async def test_remove_ends_an_open_console(vm: Machine) -> None:
-    fd = vm.open_console()
+    fd = vm.open_console(1000)
     vm.remove()
     assert os.read(fd, 100) == b""
     os.close(fd)
@@ -726,7 +723,7 @@ async def test_memory_is_what_the_vmm_says(
     driver.memory = 200 * MIB
     assert await vm.ask_memory() == 200 * MIB
     driver.control.memory_changed(100 * MIB)
-    assert (vm.memory_actual, observer.told[3:]) == (100 * MIB, ["changed memory_actual"])
+    assert (vm.memory_actual, observer.told[3:]) == (100 * MIB, ["changed memory_actual"] * 2)
     await vm.kill()
     assert await vm.ask_memory() == 0
 
@@ -734,7 +731,7 @@ async def test_memory_is_what_the_vmm_says(
 async def test_memory_is_what_was_last_known_where_the_vmm_does_not_say(
     vm: Machine, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmbus.model.machine._ASK_MEMORY", SOON)
+    monkeypatch.setattr("vmbus.model.controls._ASK_MEMORY", SOON)
     await vm.start()
     driver.on_request = ControlFailed("no driver")
     assert await vm.ask_memory() == 256 * MIB
@@ -762,8 +759,10 @@ async def vm_with_disks(
 
 async def test_disk_grows(vm_with_disks: Machine, driver: FakeDriver) -> None:
     await vm_with_disks.start()
-    await vm_with_disks.resize_disk(1, 2 * MIB)
-    await vm_with_disks.resize_disk(1, 2 * MIB + 512)
+    image = vm_with_disks.identity.directory.parent / "two"
+    for size in (2 * MIB, 2 * MIB + 512):
+        await vm_with_disks.resize_disk(1, size)
+        os.truncate(image, size)
     with pytest.raises(InvalidArgs, match=f"can only grow; it has {2 * MIB + 512} bytes already"):
         await vm_with_disks.resize_disk(1, 2 * MIB)
     assert driver.control.requests == [

@@ -21,6 +21,7 @@ from vmbus.errors import (
 )
 from vmbus.files import Handle
 from vmbus.model.identity import Requester
+from vmbus.model.limits import Limits
 from vmbus.model.machine import Machine
 from vmbus.model.registry import FIRST_CID, LAST_CID, CIDPool, Registry
 from vmbus.model.state import State
@@ -28,6 +29,8 @@ from vmbus.reasons import Reason
 from vmbus.settings import Settings
 
 ME = Requester(1000, 4711, "label")
+
+LIMITS = Limits(Settings().limits)
 
 
 # CIDs
@@ -106,7 +109,9 @@ def observer() -> Recorder:
 
 @pytest.fixture
 async def registry(tmp_path: Path, host: FakeHost, observer: Recorder) -> AsyncIterator[Registry]:
-    registry = Registry(tmp_path / "run", Settings(), host, observer, image_directories=(tmp_path,))
+    registry = Registry(
+        tmp_path / "run", Settings(), host, observer, LIMITS, image_directories=(tmp_path,)
+    )
     registry.prepare_directory()
     (tmp_path / "kernel").touch()
     yield registry
@@ -323,7 +328,7 @@ async def test_prepare_directory_removes_what_a_former_run_left(tmp_path: Path) 
     (left / "control").touch()
     (tmp_path / "run" / "other").touch()
     registry = Registry(
-        tmp_path / "run", Settings(), FakeHost(None), Recorder(), image_directories=None
+        tmp_path / "run", Settings(), FakeHost(None), Recorder(), LIMITS, image_directories=None
     )
     for _ in range(2):
         registry.prepare_directory()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmbus.settings import Settings, SettingsError, load_settings
+from vmbus.spec import host_memory_mib
 
 
 def _load(tmp_path: Path, text: str | bytes) -> Settings:
@@ -26,6 +27,13 @@ DEFAULTS = {
     "control_timeout": 10.0,
     "stop_timeout": 90.0,
     "shutdown_timeout": 20.0,
+    "limits": {
+        "vms": {"per_user": 1000, "in_all": 4000},
+        "memory": {"per_user": host_memory_mib(), "in_all": host_memory_mib()},
+        "calls": {"per_user": 1000, "in_all": 4000},
+        "consoles": {"per_user": 200, "in_all": 2000},
+        "files": {"per_user": 2000, "in_all": 8000},
+    },
     "console_log_bytes": 256 * 1024,
 }
 

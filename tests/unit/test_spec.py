@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("files_closed")
 
 KEYS = (
     "name, vmm, kernel, initrd, bios, params, memory_mib, cpus, disks, net, shared_dirs, vsock, "
-    "protected, balloon, gdb_port, collect"
+    "protected, balloon, gdb_port, kill_on_disconnect, collect"
 )
 DISK_KEYS = "writable, image, id, direct"
 
@@ -104,6 +104,7 @@ def test_defaults(make: Maker) -> None:
         "protected": False,
         "balloon": True,
         "gdb_port": None,
+        "kill_on_disconnect": False,
         "collect": "manual",
     }
     assert config.kernel is not None
@@ -136,7 +137,7 @@ def test_defaults(make: Maker) -> None:
         ("vsock", False),
         ("protected", True),
         ("balloon", False),
-        ("gdb_port", 1),
+        ("gdb_port", 1024),
         ("gdb_port", 65535),
         ("collect", "manual"),
         ("collect", "on-death"),
@@ -267,7 +268,7 @@ def test_config_is_frozen(make: Maker) -> None:
         ("vsock", 1, "should be a valid boolean, not 1"),
         ("protected", "yes", "should be a valid boolean, not 'yes'"),
         ("balloon", 0, "should be a valid boolean, not 0"),
-        ("gdb_port", 0, "should be greater than or equal to 1, not 0"),
+        ("gdb_port", 1023, "should be greater than or equal to 1024, not 1023"),
         ("gdb_port", 65536, "should be less than or equal to 65535, not 65536"),
         ("gdb_port", True, "should be a valid integer, not True"),
         ("collect", "", "should be 'manual' or 'on-death', not ''"),
@@ -343,7 +344,7 @@ def test_directory_is_shared_read_only_unless_said_otherwise(make: Maker) -> Non
         {"source": make.path("."), "tag": "Two_2.x-y", "writable": True},
     ]
     config = make.parse(shared_dirs=shared)
-    assert [(each.source, each.tag, each.writable) for each in config.shared_dirs] == [
+    assert [(each.source.name, each.tag, each.writable) for each in config.shared_dirs] == [
         (str(make.directory), "one", False),
         (str(make.directory), "Two_2.x-y", True),
     ]
@@ -618,9 +619,9 @@ def test_refusal_closes_what_other_keys_had_opened(make: Maker) -> None:
 
 
 def test_failure_in_the_middle_closes_what_was_opened(make: Maker) -> None:
-    """Not a refusal but, as here, a descriptor that doesn't exist."""
+    """As here, a descriptor that doesn't exist."""
     files = FilePolicy(None)
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(InvalidConfig, match="initrd: it can't be used: Bad file descriptor"):
         parse_config(make.raw(initrd=Handle(1 << 20)), files)
     assert [file.fd for file in files.opened] == [-1]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
+import functools
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
@@ -17,10 +19,14 @@ from ..errors import (
     UnknownObject,
     VMBusError,
 )
+from ..model.limits import Kind as Share
+from ..model.limits import Limits
+from ..spec import NAME_PATTERN
+from .authority import Access, Authority, Request
 from .connection import Connection
 from .contract import PEER, MethodType, interfaces
 from .methods import TABLE, Call, Descriptor, Marshalled, Method, Reply, Service
-from .peers import Access, Authority
+from .peers import Peers
 from .stream import MAX_FDS
 from .wire import Flag, Kind, Message, WireError
 
@@ -32,29 +38,47 @@ _MAX_ERROR_TEXT = 4000
 class Gate:
     """The handler of a connection's calls."""
 
-    def __init__(self, connection: Connection, service: Service, authority: Authority) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        service: Service,
+        authority: Authority,
+        peers: Peers,
+        limits: Limits,
+    ) -> None:
         self._connection = connection
         self._service = service
         self._authority = authority
+        self._peers = peers
+        self._limits = limits
         self._tasks: set[asyncio.Task[None]] = set()
+        self._by_sender: Counter[str] = Counter()
+        self._turns: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def handle(self, message: Message) -> None:
         """Take one message. Reads are answered at once, the rest in a task of its own."""
         if message.kind is not Kind.CALL:
+            self._peers.on_signal(message)
             _close(message.fds)
             return
         try:
             method, types, call = self._resolve(message)
             sender = message.sender or ""
-            if method.access is Access.READ and self._authority.may_read_at_once(sender):
+            if method.access is not Access.CREATE:
+                # Only Create takes any; the rest may be under way for long.
+                _close(message.fds)
+                message.fds = ()
+            at_once = method.access is Access.READ and not method.lasts
+            if at_once and self._authority.may_read_at_once(sender):
                 result = method.run(call)
-                if not inspect.isawaitable(result):
+                if not isinstance(result, Coroutine):
                     self._reply(message, types, result)
                     _close(message.fds)
                     return
-                self._spawn(self._finish(message, types, result))
+                work = result
             else:
-                self._spawn(self._finish(message, types, self._admit(sender, method, call)))
+                work = self._admit(message, method, call)
+            self._spawn(sender, message, types, work)
         except Exception as error:
             self._fail(message, error)
             _close(message.fds)
@@ -88,22 +112,86 @@ class Gate:
         if len(message.fds) > MAX_FDS:
             raise LimitExceeded(f"a call can carry at most {MAX_FDS} file descriptors")
         vm = self._service.objects.vm(path)
-        call = Call(self._service, path, message.body, message.fds, vm)
+        sender = message.sender or ""
+        gone = self._peers.gone(sender)
+        call = Call(self._service, path, message.body, message.fds, gone, vm)
         return TABLE[interface, member], types, call
 
     # Running it
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(
+        self, sender: str, message: Message, types: MethodType, work: Coroutine[Any, Any, Reply]
+    ) -> None:
+        """Run a call in a task of its own. Raises LimitExceeded.
 
-    async def _admit(self, sender: str, method: Method, call: Call) -> Reply:
-        call.caller = await self._authority.authorize(sender, method.access, call.vm)
-        if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
-            raise UnknownObject(f"there is no object {call.path} any more")
-        result = method.run(call)
-        return await result if inspect.isawaitable(result) else result
+        What is under way is bounded here, before it may be known whose it is.
+        """
+        limit = self._service.settings.limits.calls
+        if self._by_sender[sender] >= limit.per_user or len(self._tasks) >= limit.in_all:
+            work.close()
+            raise LimitExceeded("there are too many calls under way; wait for some to be answered")
+        self._by_sender[sender] += 1
+        task = asyncio.create_task(self._finish(message, types, work))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._ended, sender))
+
+    def _ended(self, sender: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._by_sender[sender] -= 1
+        if not self._by_sender[sender]:
+            del self._by_sender[sender]
+
+    async def _admit(self, message: Message, method: Method, call: Call) -> Reply:
+        """Have a call authorized, then run it, in its turn among its sender's on that object."""
+        before, mine = self._turn(message)
+        try:
+            caller = await self._peers.identify(message.sender or "")
+            # Counted before anybody is asked, or those who let dialogs stand would shut others out.
+            lease = self._limits.take(Share.CALLS, caller.uid)
+            try:
+                call.caller = await self._authority.authorize(self._request(message, method, call))
+                if before is not None:
+                    await asyncio.wait({before})
+                if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
+                    raise UnknownObject(f"there is no object {call.path} any more")
+                result = method.run(call)
+                # Who comes next goes on when this has done what it does at once.
+                mine.set_result(None)
+                return await result if isinstance(result, Coroutine) else result
+            finally:
+                lease.release()
+        finally:
+            if not mine.done():
+                mine.set_result(None)
+
+    def _turn(self, message: Message) -> tuple[asyncio.Future[None] | None, asyncio.Future[None]]:
+        """The call to wait for, and the one that others wait for.
+
+        Calls may be authorized in another order than they came. One for which the user may be asked
+        can take for ever, and so nobody waits for it.
+        """
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        key = (message.sender or "", message.path or "")
+        before = self._turns.get(key)
+        if not message.flags & Flag.ALLOW_INTERACTIVE_AUTHORIZATION:
+            self._turns[key] = mine
+            mine.add_done_callback(functools.partial(self._turn_over, key))
+        return before, mine
+
+    def _turn_over(self, key: tuple[str, str], turn: asyncio.Future[None]) -> None:
+        if self._turns.get(key) is turn:
+            del self._turns[key]
+
+    def _request(self, message: Message, method: Method, call: Call) -> Request:
+        return Request(
+            sender=message.sender or "",
+            access=method.access,
+            verb=(message.member or "").lower(),
+            name=_name_of(call),
+            vm=call.vm,
+            interactive=bool(message.flags & Flag.ALLOW_INTERACTIVE_AUTHORIZATION),
+            gone=call.gone,
+        )
 
     async def _finish(self, message: Message, types: MethodType, work: Awaitable[Reply]) -> None:
         try:
@@ -167,6 +255,15 @@ class Gate:
                 body=[_clean(text)],
             )
         )
+
+
+def _name_of(call: Call) -> str:
+    """The VM's name for polkit's dialog; what a caller would call a VM only if it is a name."""
+    if call.vm is not None:
+        return call.vm.identity.name
+    wanted = call.args[0].get("name") if call.args and isinstance(call.args[0], dict) else None
+    name = getattr(wanted, "value", None)
+    return name if isinstance(name, str) and re.match(NAME_PATTERN, name) else ""
 
 
 def _interface_of(message: Message, present: Sequence[str]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidArgs, PropertyReadOnly, UnknownProperty
+from ..errors import AccessDenied, InvalidArgs, PropertyReadOnly, UnknownProperty
 from ..files import Handle
 from ..model.identity import Requester
 from ..model.machine import Machine
 from ..model.registry import Registry
 from ..settings import Settings
+from .authority import Access
 from .contract import (
     INTROSPECTABLE,
     MANAGER,
@@ -23,7 +25,6 @@ from .contract import (
     interfaces,
 )
 from .objects import Objects, path_of
-from .peers import Access
 from .wire import Variant
 
 _MAX_DEPTH = 4
@@ -41,12 +42,16 @@ class Service:
 
 @dataclass(slots=True)
 class Call:
-    """One call, decoded. `caller` is known where the method isn't a read, `vm` on a VM's object."""
+    """One call, decoded. `caller` is known where the method isn't a read, `vm` on a VM's object.
+
+    gone: resolved when the caller leaves the bus.
+    """
 
     service: Service
     path: str
     args: Sequence[Any]
     fds: Sequence[int]
+    gone: asyncio.Future[None]
     vm: Machine | None = None
     caller: Requester | None = None
 
@@ -75,10 +80,11 @@ Reply = tuple[Any, ...] | Marshalled | Descriptor
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row of the table. `run` may answer at once, or later."""
+    """A row of the table. `run` may answer at once, or later; `lasts`: perhaps much later."""
 
     access: Access
-    run: Callable[[Call], Reply | Awaitable[Reply]]
+    run: Callable[[Call], Reply | Coroutine[Any, Any, Reply]]
+    lasts: bool = False
 
 
 # Manager
@@ -87,7 +93,10 @@ class Method:
 async def _create(call: Call) -> Reply:
     assert call.caller is not None
     config = {str(key): _plain(value, call.fds) for key, value in call.args[0].items()}
-    vm = await call.service.registry.create(config, call.caller)
+    registry = call.service.registry
+    vm = await registry.create(config, call.caller)
+    if vm.config.kill_on_disconnect:
+        call.gone.add_done_callback(lambda _: registry.requester_left(vm))
     return (path_of(vm),)
 
 
@@ -133,7 +142,7 @@ def _handle(index: int, fds: Sequence[int]) -> Handle:
 
 
 async def _start(call: Call) -> Reply:
-    await call.machine.start()
+    await call.service.registry.start(call.machine)
     return ()
 
 
@@ -169,8 +178,16 @@ async def _resize_disk(call: Call) -> Reply:
 
 
 async def _wait(call: Call) -> Reply:
-    reason, status = await call.machine.wait()
-    return str(reason), status
+    dying = asyncio.ensure_future(call.machine.wait())
+    try:
+        either: set[asyncio.Future[Any]] = {dying, call.gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not dying.done():
+            raise AccessDenied("the caller left")
+        reason, status = dying.result()
+        return str(reason), status
+    finally:
+        dying.cancel()
 
 
 def _remove(call: Call) -> Reply:
@@ -179,7 +196,8 @@ def _remove(call: Call) -> Reply:
 
 
 def _open_console(call: Call) -> Reply:
-    return Descriptor(call.machine.open_console())
+    assert call.caller is not None
+    return Descriptor(call.machine.open_console(call.caller.uid))
 
 
 def _open_log(call: Call) -> Reply:
@@ -196,7 +214,7 @@ def _property(call: Call, interface: str, name: str) -> Variant:
     return exported.get(name)
 
 
-def _get(call: Call) -> Reply | Awaitable[Reply]:
+def _get(call: Call) -> Reply | Coroutine[Any, Any, Reply]:
     interface, name = call.args
     value = _property(call, interface, name)
     return _ask_memory(call) if name == "MemoryActual" else (value,)
@@ -247,7 +265,7 @@ TABLE: Mapping[tuple[str, str], Method] = {
     (VIRTUAL_MACHINE, "Resume"): Method(Access.MANAGE, _resume),
     (VIRTUAL_MACHINE, "SetMemoryTarget"): Method(Access.MANAGE, _set_memory_target),
     (VIRTUAL_MACHINE, "ResizeDisk"): Method(Access.MANAGE, _resize_disk),
-    (VIRTUAL_MACHINE, "Wait"): Method(Access.READ, _wait),
+    (VIRTUAL_MACHINE, "Wait"): Method(Access.READ, _wait, lasts=True),
     (VIRTUAL_MACHINE, "Remove"): Method(Access.MANAGE, _remove),
     (VIRTUAL_MACHINE, "OpenConsole"): Method(Access.MANAGE, _open_console),
     (VIRTUAL_MACHINE, "OpenLog"): Method(Access.MANAGE, _open_log),

@@ -1,30 +1,21 @@
-"""Who calls: credentials as the bus vouches for them, and who may do what by them."""
+"""Who calls: credentials as the bus vouches for them, and whether they are still there."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
-import os
 from collections import OrderedDict
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import AccessDenied, VMBusError
 from ..model.identity import Requester
-from ..model.machine import Machine
-from .connection import Connection, RemoteError
+from .connection import BUS_NAME, Connection, RemoteError
+from .wire import Message
 
 log = logging.getLogger(__name__)
 
 _MAX_REMEMBERED = 4096
-
-
-class Access(enum.Enum):
-    """What a method does, as far as permission is concerned."""
-
-    READ = "read"
-    CREATE = "create"
-    MANAGE = "manage"
+_LEAVING = f"type='signal',sender='{BUS_NAME}',member='NameOwnerChanged',arg2=''"
 
 
 class Peers:
@@ -35,6 +26,30 @@ class Peers:
         self._known: OrderedDict[str, Requester] = OrderedDict()
         self._waiting: dict[str, list[asyncio.Future[Requester]]] = {}
         self._asking: set[asyncio.Task[None]] = set()
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+
+    async def watch(self) -> None:
+        """Begin to hear of connections that leave the bus."""
+        await self._connection.call_bus("AddMatch", "s", [_LEAVING])
+
+    def gone(self, sender: str) -> asyncio.Future[None]:
+        """Resolved when a caller leaves the bus. To be asked for while its call is being taken."""
+        leaving = self._leaving.get(sender)
+        if leaving is None:
+            leaving = self._leaving[sender] = asyncio.get_running_loop().create_future()
+        return leaving
+
+    def on_signal(self, message: Message) -> None:
+        """Take a signal of the bus."""
+        if message.sender != BUS_NAME or message.member != "NameOwnerChanged":
+            return
+        name, _, owner = message.body
+        if owner:
+            return
+        self._known.pop(name, None)
+        leaving = self._leaving.pop(name, None)
+        if leaving is not None and not leaving.done():
+            leaving.set_result(None)
 
     def known(self, sender: str) -> Requester | None:
         """Who it is, if that was asked before."""
@@ -99,53 +114,3 @@ def _requester(found: dict[str, Any]) -> Requester:
         pid=int(found.get("ProcessID", 0)),
         sid=label.decode("utf-8", "replace"),
     )
-
-
-class Authority(Protocol):
-    """Who decides what a caller may do."""
-
-    def may_read_at_once(self, sender: str) -> bool:
-        """Whether this caller may read, as far as that can be told without asking anybody."""
-
-    async def authorize(self, sender: str, access: Access, vm: Machine | None) -> Requester:
-        """Return who the caller is, if the call is allowed. Raises AccessDenied."""
-
-
-class SameUser:
-    """On a session bus: the service's own user may do everything, everyone else nothing."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-
-    def may_read_at_once(self, sender: str) -> bool:
-        """See Authority.may_read_at_once."""
-        known = self._peers.known(sender)
-        return known is not None and known.uid == os.getuid()
-
-    async def authorize(self, sender: str, access: Access, vm: Machine | None) -> Requester:
-        """See Authority.authorize."""
-        caller = await self._peers.identify(sender)
-        if caller.uid != os.getuid():
-            raise AccessDenied(f"only the user with uid {os.getuid()} may use this service")
-        return caller
-
-
-class RootAndRequester:
-    """On a system bus: all may read, root may create, root and its requester may manage a VM."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-
-    def may_read_at_once(self, sender: str) -> bool:
-        """See Authority.may_read_at_once."""
-        return True
-
-    async def authorize(self, sender: str, access: Access, vm: Machine | None) -> Requester:
-        """See Authority.authorize."""
-        caller = await self._peers.identify(sender)
-        if access is Access.READ or caller.uid == 0:
-            return caller
-        if vm is not None and vm.identity.requester.uid == caller.uid:
-            return caller
-        what = "create a VM" if vm is None else "do that with a VM that another user created"
-        raise AccessDenied(f"only root may {what}")

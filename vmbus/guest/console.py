@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Console:
         self._log = log
         self._vmm: socket.socket | None = None
         self._readers: set[socket.socket] = set()
+        self._closed: dict[socket.socket, Callable[[], None]] = {}
         self._silent: set[socket.socket] = set()
         self._input = b""
 
@@ -91,12 +93,25 @@ class Console:
         self._loop.add_reader(ours.fileno(), self._from_guest)
         return theirs
 
-    def attach(self) -> socket.socket:
-        """A stream joined to the console, both ways. Returns the reader's end, to be closed."""
-        ours, theirs = socket.socketpair()
+    def attach(self, closed: Callable[[], None] = lambda: None) -> socket.socket:
+        """A stream joined to the console, both ways. Returns the reader's end, to be closed.
+
+        closed: called when the stream has ended, or could not be made.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            closed()
+            raise
         ours.setblocking(False)
+        for reader in list(self._silent):
+            # One that only listened and has left is noticed nowhere else while the guest is quiet.
+            if _hung_up(reader):
+                self._detach(reader)
         self._readers.add(ours)
-        self._loop.add_reader(ours.fileno(), self._from_reader, ours)
+        self._closed[ours] = closed
+        if not self._input:
+            self._loop.add_reader(ours.fileno(), self._from_reader, ours)
         return theirs
 
     def open_log(self) -> int:
@@ -184,6 +199,7 @@ class Console:
         self._silent.discard(reader)
         self._loop.remove_reader(reader.fileno())
         reader.close()
+        self._closed.pop(reader)()
 
     def _unplug(self) -> None:
         if self._vmm is not None:

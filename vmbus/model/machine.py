@@ -14,14 +14,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgs, InvalidState, NoSuchVM, NotSupported, StartFailed, VMBusError
+from ..errors import InvalidArgs, InvalidState, NoSuchVM, StartFailed
 from ..guest.console import BoundedLog, Console
-from ..reasons import ORDERLY, Reason, death_reason
+from ..reasons import ORDERLY, Reason, death_reason, obituary
 from ..settings import Settings
-from ..spec import MIN_MEMORY_MIB, VMConfig
+from ..spec import VMConfig
+from ..text import clean
 from ..vmm.base import Control, Driver, Launch
 from ..vmm.run import Ending, Run
+from .controls import Controls
 from .identity import Identity, Observer
+from .limits import Shares
 from .state import ALIVE, OVER, Event, State, after
 
 log = logging.getLogger(__name__)
@@ -29,15 +32,12 @@ _T = TypeVar("_T")
 
 #: Seconds that a VMM which is out of time gets to end by its own stop before SIGKILL.
 _GRACE = 0.5
-#: Seconds that a reader waits for a VMM to say how much memory its guest has.
-_ASK_MEMORY = 1.0
-_SECTOR = 512
 
 
 class Machine:
     """One VM. Timestamps are microseconds since the epoch, 0 before; memory is in bytes.
 
-    vsock: whether its guest gets a vsock device. kvm: whether KVM is usable.
+    shares: what it may take. kvm: whether KVM is usable. vsock: whether its guest gets a vsock.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Machine:
         settings: Settings,
         observer: Observer,
         *,
+        shares: Shares,
         kvm: bool,
         vsock: bool = False,
     ) -> None:
@@ -65,21 +66,22 @@ class Machine:
         self.memory_actual = 0
         self._settings = settings
         self._observer = observer
+        self._shares = shares
         self._kvm = kvm
         self._vsock = vsock
         self._temporary = identity.directory / "tmp"
         self._console = Console(
             BoundedLog(identity.directory / "console.log", settings.console_log_bytes)
         )
-        self._disk_sizes = [disk.image.size for disk in config.disks]
         self._run = Run(driver)
-        self._turn = asyncio.Lock()
-        self._halted = False
+        self._controls = Controls(identity.name, settings.control_timeout)
         self._asked_for: Reason | None = None
         self._killed_for: Reason | None = None
         self._life: asyncio.Task[None] | None = None
         self._answered = asyncio.Event()
         self._gone = asyncio.Event()
+        #: Resolved when the VM exists no more.
+        self.forgotten: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         #: Called last of all, when nothing of the VM but its record and its log is left.
         self.on_death: Callable[[Machine], None] = lambda _: None
 
@@ -91,7 +93,9 @@ class Machine:
     # Beginning and end
 
     async def start(self) -> None:
-        """Spawn the VMM; return when it answers. Raises InvalidState or StartFailed."""
+        """Spawn the VMM; return when it answers. Raises InvalidState, StartFailed, …"""
+        after(self.state, Event.START)
+        self._shares.run(self.config.memory_mib)
         self._change(Event.START)
         self._life = asyncio.create_task(self._live(), name=f"vm-{self.identity.id}")
         await self._answered.wait()
@@ -102,20 +106,18 @@ class Machine:
         """End the VM in good order, or else, when `timeout` (s) is over, by force."""
         if self.state in OVER:
             return
+        forced = Reason.KILLED if reason is Reason.STOPPED else reason
         self._change(Event.STOP)
         if self.state is State.STARTING:
-            await self.kill(reason)
+            await self.kill(forced)
             return
         self._asked_for = self._asked_for or reason
         try:
             async with asyncio.timeout(timeout):
-                control = self._answering()
-                await self._let_it_hear(control)
-                if not await self._obeyed(control.power_button()):
-                    await self._obeyed(control.quit())
+                await self._controls.end_in_order()
                 await self._gone.wait()
         except TimeoutError:
-            await self._end_by_force(Reason.KILLED if reason is Reason.STOPPED else reason)
+            await self._end_by_force(forced)
 
     async def kill(self, reason: Reason = Reason.KILLED) -> None:
         """End the VMM at once; return when the VM is dead. Nothing to do when it isn't alive."""
@@ -137,75 +139,62 @@ class Machine:
         after(self.state, Event.REMOVE)
         self._console.close()
         self.config.close()
+        self._shares.forget()
         shutil.rmtree(self.identity.directory, ignore_errors=True)
         self._gone.set()
+        if not self.forgotten.done():
+            self.forgotten.set_result(None)
 
     # While it runs: one request at a time, each decided when its turn comes
 
     async def suspend(self) -> None:
         """Stop the vCPUs. Raises InvalidState, ControlFailed or TimedOut."""
-
-        async def suspend(control: Control) -> None:
-            await control.suspend()
-            self._halted = True
-
-        await self._ask(Event.SUSPEND, suspend)
+        await self._ask(Event.SUSPEND, self._controls.suspend)
 
     async def resume(self) -> None:
         """Let the vCPUs go on. Raises InvalidState, ControlFailed or TimedOut."""
-
-        async def resume(control: Control) -> None:
-            await control.resume()
-            self._halted = False
-
-        await self._ask(Event.RESUME, resume)
+        await self._ask(Event.RESUME, self._controls.resume)
 
     async def set_memory_target(self, size: int) -> None:
         """Have the balloon leave the guest `size` bytes. Raises InvalidArgs, NotSupported, …"""
         after(self.state, Event.ADJUST)
-        if not self.config.balloon:
-            raise NotSupported("this VM was created without a balloon")
-        least, most = MIN_MEMORY_MIB << 20, self.config.memory_mib << 20
-        if not least <= size <= most:
-            raise InvalidArgs(f"the guest can have {least} to {most} bytes, not {size}")
+        self.config.check_memory_target(size)
         await self._ask(Event.ADJUST, lambda control: control.set_memory(size))
         self._change(memory_actual=self.memory_actual)
 
     async def resize_disk(self, index: int, size: int) -> None:
         """Grow a disk to `size` bytes. Raises InvalidArgs, NotSupported, InvalidState, …"""
         after(self.state, Event.RESIZE)
-        if index >= len(self.config.disks):
-            raise InvalidArgs(f"there is no disk {index}; the VM has {len(self.config.disks)}")
-        if not self.config.disks[index].writable:
-            raise NotSupported(f"disk {index} is read-only")
-        if size % _SECTOR:
-            raise InvalidArgs(f"a disk's size must be a multiple of {_SECTOR} bytes")
+        self.config.check_disk_size(index, size)
 
         async def grow(control: Control) -> None:
-            if size <= self._disk_sizes[index]:
-                now = self._disk_sizes[index]
+            now = self.config.disks[index].image.size_now()
+            if size <= now:
                 raise InvalidArgs(f"a disk can only grow; it has {now} bytes already")
             await control.resize_disk(index, size)
-            self._disk_sizes[index] = size
 
         await self._ask(Event.RESIZE, grow)
 
     async def ask_memory(self) -> int:
         """How many bytes the guest has now; what was last known where the VMM doesn't say."""
-        control = self._run.control
-        if control is not None and self.state not in OVER:
-            try:
-                async with asyncio.timeout(_ASK_MEMORY):
-                    self.memory_actual = await control.memory()
-            except (VMBusError, TimeoutError) as error:
-                log.debug("VM %s: its memory is not known: %s", self.identity.name, error)
+        if self._controls.control is not None and self.alive:
+            size = await self._controls.memory()
+            if size is not None:
+                self._memory_is(size)
         return self.memory_actual
 
-    def open_console(self) -> int:
-        """A stream socket joined to the console, the caller's to close. Raises InvalidState."""
+    def _memory_is(self, size: int) -> None:
+        if self.alive and 0 <= size <= self.config.memory_mib << 20 and size != self.memory_actual:
+            self._change(memory_actual=size)
+
+    def open_console(self, uid: int) -> int:
+        """A stream socket joined to the console, the caller's to close.
+
+        uid: the user on whose account it goes. Raises InvalidState or LimitExceeded.
+        """
         if self.state in OVER:
             raise InvalidState(f"a VM that is {self.state} has no console; its log can be opened")
-        return self._console.attach().detach()
+        return self._console.attach(self._shares.console(uid).release).detach()
 
     def open_log(self) -> int:
         """A read-only descriptor of the console's log, the caller's to close."""
@@ -218,11 +207,12 @@ class Machine:
         words = ""
         try:
             words = await self._begin()
-        except OSError as error:
-            words = f"could not be started: {error.strerror or error}"
-        except Exception:
-            log.exception("VM %s: internal error", self.identity.name)
-            words = "internal error"
+        except Exception as error:
+            if isinstance(error, (OSError, ValueError)):
+                words = f"could not be started: {getattr(error, 'strerror', None) or error}"
+            else:
+                log.exception("VM %s: internal error", self.identity.name)
+                words = "internal error"
             if self._run.pid:
                 self._run.kill()
         self._end(await self._run.ends(), words)
@@ -240,13 +230,16 @@ class Machine:
             vsock=self._vsock,
             control_timeout=self._settings.control_timeout,
         )
-        if not await self._run.spawn(launch):
+        spawned = await self._run.spawn(launch, self._settings.start_timeout)
+        if not spawned:
             return "ended before it was started"
-        self.config.close()
+        self.config.close_for_run()
+        self._shares.close_files()
         self._change(pid=self._run.pid)
         words = await self._run.until_it_answers(self._settings.start_timeout)
+        self._controls.control = self._run.control
         if self._run.control is not None:
-            self._run.control.watch_memory(lambda size: self._change(memory_actual=size))
+            self._run.control.watch_memory(self._memory_is)
             memory = self.config.memory_mib << 20
             self._change(Event.ANSWERED, started=_now(), memory_actual=memory)
             self._answered.set()
@@ -262,7 +255,7 @@ class Machine:
             asked_for=self._asked_for,
             killed_for=self._killed_for,
         )
-        said = ending.words or words or _obituary(ending.status)
+        said = clean(ending.words or words or obituary(ending.status))
         self._change(
             Event.EXITED,
             reason=reason,
@@ -275,11 +268,16 @@ class Machine:
         self._call(self._observer.died, self)
         self._answered.set()
         self._gone.set()
-        self.config.close()
+        self._close_files()
+        self._shares.end()
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._call(self.on_death, self)
 
     # Helpers
+
+    def _close_files(self) -> None:
+        self.config.close()
+        self._shares.close_files()
 
     def _call(self, function: Callable[..., _T], *args: Any) -> _T | None:
         """Call out of here: what fails there must not leave a VM neither alive nor dead."""
@@ -302,48 +300,23 @@ class Machine:
         if names:
             self._call(self._observer.changed, self, names)
 
-    def _answering(self) -> Control:
-        assert self._run.control is not None
-        return self._run.control
-
     async def _ask(self, event: Event, request: Callable[[Control], Awaitable[None]]) -> None:
         """Ask the VMM for what an event says, if the state still allows it, then tell of it."""
-        async with self._turn:
+        if self._controls.control is None:
             after(self.state, event)
-            await request(self._answering())
+        async with self._controls.turn() as control:
+            after(self.state, event)
+            await request(control)
             self._change(event)
-
-    async def _let_it_hear(self, control: Control) -> None:
-        """A guest that is suspended, or about to be, would never learn that it is to end."""
-        async with self._turn:
-            if self._halted:
-                await self._obeyed(control.resume())
-
-    async def _obeyed(self, request: Awaitable[None]) -> bool:
-        try:
-            await request
-            return True
-        except VMBusError as error:
-            log.info("VM %s: its VMM does not do as it is asked: %s", self.identity.name, error)
-        except Exception:
-            log.exception("VM %s: internal error", self.identity.name)
-        return False
 
     async def _end_by_force(self, reason: Reason) -> None:
         self._killed_for = self._killed_for or reason
         try:
             async with asyncio.timeout(_GRACE):
-                await self._obeyed(self._answering().quit())
+                await self._controls.quit()
                 await self._gone.wait()
         except TimeoutError:
             await self.kill(reason)
-
-
-def _obituary(status: int) -> str:
-    """What to say of a VMM that said nothing itself."""
-    if status == 0:
-        return ""
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
 def _now() -> int:

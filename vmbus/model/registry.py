@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import LimitExceeded, NameExists, NoSuchVM, VMBusError
+from ..errors import InvalidState, LimitExceeded, NameExists, NoSuchVM, VMBusError
 from ..files import FilePolicy
 from ..reasons import Reason
 from ..settings import Settings
@@ -16,6 +16,7 @@ from ..spec import VMConfig, parse_config
 from ..vmm.base import Driver
 from ..vmm.host import Host
 from .identity import Identity, Observer, Requester
+from .limits import Limits, Shares
 from .machine import Machine
 
 FIRST_CID = 2048
@@ -52,6 +53,7 @@ class Registry:
         settings: Settings,
         host: Host,
         observer: Observer,
+        limits: Limits,
         *,
         image_directories: tuple[Path, ...] | None,
     ) -> None:
@@ -59,6 +61,9 @@ class Registry:
         self._settings = settings
         self._host = host
         self._observer = observer
+        self._limits = limits
+        self._closing = False
+        self._ending: set[asyncio.Task[None]] = set()
         self._image_directories = image_directories
         self._machines: dict[int, Machine] = {}
         self._by_name: dict[str, Machine] = {}
@@ -99,12 +104,14 @@ class Registry:
 
         Raises InvalidConfig, NameExists, LimitExceeded or VMMUnavailable, with nothing changed.
         """
+        self._check_open()
         # In a thread, since the files may lie on a file system that takes its time.
-        files = FilePolicy(self._image_directories)
+        files = FilePolicy(self._image_directories, requester.uid)
         config = await asyncio.to_thread(parse_config, raw, files)
         try:
             driver = await self._host.driver(config)
             kvm = not await self._host.kvm_problem()
+            self._check_open()
             return self._add(config, requester, driver, kvm=kvm)
         except BaseException:
             config.close()
@@ -113,6 +120,30 @@ class Registry:
     def _add(self, config: VMConfig, requester: Requester, driver: Driver, *, kvm: bool) -> Machine:
         if config.name is not None and config.name in self._by_name:
             raise NameExists(f"there is a VM with the name {config.name!r} already")
+        shares = Shares(self._limits, requester.uid, files=len(config.files()))
+        try:
+            identity = self._identity(config, requester)
+        except BaseException:
+            shares.forget()
+            raise
+        vsock = self._host.vsock if config.vsock is None else config.vsock
+        vm = Machine(
+            identity,
+            config,
+            driver,
+            self._settings,
+            self._observer,
+            shares=shares,
+            kvm=kvm,
+            vsock=vsock,
+        )
+        vm.on_death = self._on_death
+        self._machines[identity.id] = self._by_name[identity.name] = vm
+        self._by_cid[identity.cid] = vm
+        self._observer.added(vm)
+        return vm
+
+    def _identity(self, config: VMConfig, requester: Requester) -> Identity:
         self._last_id += 1
         while config.name is None and f"vm-{self._last_id}" in self._by_name:
             self._last_id += 1
@@ -124,13 +155,7 @@ class Registry:
         except OSError as error:
             self._cids.free(cid)
             raise VMBusError(f"no directory for the VM: {error.strerror}") from error
-        identity = Identity(id, config.name or f"vm-{id}", cid, directory, requester)
-        vsock = self._host.vsock if config.vsock is None else config.vsock
-        vm = Machine(identity, config, driver, self._settings, self._observer, kvm=kvm, vsock=vsock)
-        vm.on_death = self._on_death
-        self._machines[id] = self._by_name[identity.name] = self._by_cid[cid] = vm
-        self._observer.added(vm)
-        return vm
+        return Identity(id, config.name or f"vm-{id}", cid, directory, requester)
 
     def remove(self, vm: Machine) -> None:
         """Forget a VM and delete its files. Raises InvalidState if it is alive."""
@@ -142,12 +167,32 @@ class Registry:
         self._cids.free(identity.cid)
         self._observer.removed(vm)
 
+    def requester_left(self, vm: Machine) -> None:
+        """The connection that created a VM is gone; one that was to go with it does."""
+        if vm.alive:
+            task = asyncio.create_task(vm.kill(Reason.REQUESTER_GONE))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        elif vm.reason is None and not vm.forgotten.done():
+            # Never started, it would be nobody's.
+            self.remove(vm)
+
+    async def start(self, vm: Machine) -> None:
+        """Start a VM. Raises what Machine.start does."""
+        self._check_open()
+        await vm.start()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise InvalidState("the service is shutting down")
+
     def _on_death(self, vm: Machine) -> None:
         if vm.config.collect == "on-death":
             self.remove(vm)
 
     async def shutdown(self) -> None:
-        """End all VMs at once, each in good order while there is time."""
+        """End all VMs at once, each in good order while there is time. No more can be started."""
+        self._closing = True
         async with asyncio.TaskGroup() as group:
             for vm in self:
                 if vm.alive:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -132,7 +131,7 @@ def listen(directory: Path, kind: socket.SocketKind, name: str = CONTROL_SOCKET)
     try:
         with short_path(directory) as path:
             sock.bind(f"{path}/{name}")
-        sock.listen(4)
+        sock.listen(socket.SOMAXCONN)
     except BaseException:
         sock.close()
         raise
@@ -145,8 +144,8 @@ async def connect(directory: Path, kind: socket.SocketKind) -> socket.socket:
     sock.setblocking(False)
     try:
         with short_path(directory) as path:
-            address = f"{path}/{CONTROL_SOCKET}"
-            await asyncio.get_running_loop().sock_connect(sock, address)
+            # At once, or not at all: there is nothing to wait for but room in the queue.
+            sock.connect(f"{path}/{CONTROL_SOCKET}")
     except BaseException:
         sock.close()
         raise
@@ -161,6 +160,13 @@ def short_path(directory: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{place}"
     finally:
         os.close(place)
+
+
+def check_unmoved(config: VMConfig) -> None:
+    """Whether the shared directories are what they were at Create. Raises ValueError or OSError."""
+    for shared in config.shared_dirs:
+        if not shared.source.is_still(shared.source.name):
+            raise ValueError(f"{shared.source.name} is not the directory that it was at Create")
 
 
 def readable_again(file: OpenFile, command: Command) -> str:

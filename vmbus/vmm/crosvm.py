@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ControlFailed, NotSupported, TimedOut
+from ..files import check_raw
 from ..reasons import Reason
 from ..spec import Disk, Net, VMConfig
-from .base import Command, Launch, connect, last_line, listen
+from .base import Command, Launch, check_unmoved, connect, last_line, listen
 
 _REASONS = {
     0: Reason.SHUTDOWN,
@@ -78,7 +79,7 @@ class Crosvm:
         problems += [
             f"shared_dirs[{index}].source: crosvm can't share a directory with ':' in its path"
             for index, shared in enumerate(config.shared_dirs)
-            if ":" in shared.source
+            if ":" in shared.source.name
         ]
         if config.protected and not _protected_vms():
             problems.append("protected: this host has no protected KVM")
@@ -100,10 +101,13 @@ class Crosvm:
             command.argv += _machine(launch)
             command.argv += _console(command.pass_fd(launch.console))
             for disk in launch.config.disks:
+                # crosvm looks for itself what an image is, and opens what its head names.
+                check_raw(disk.image)
                 command.argv.append(_block(disk, command.pass_fd(disk.image.fd)))
             command.argv += [_net(net, command) for net in launch.config.net]
+            check_unmoved(launch.config)
             command.argv += [
-                f"--shared-dir={shared.source}:{shared.tag}:type=fs:cache=auto"
+                f"--shared-dir={shared.source.name}:{shared.tag}:type=fs:cache=auto"
                 for shared in launch.config.shared_dirs
             ]
             command.argv += _boot(launch.config, command)
@@ -119,7 +123,10 @@ class Crosvm:
         children that don't end; it has said by then how the VM ended.
         """
         if status == -signal.SIGKILL:
-            said = _FAREWELL.fullmatch(_LOG_PREFIX.sub("", last_line(stderr)))
+            last = _LOG_PREFIX.sub("", last_line(stderr))
+            if last.startswith("exiting with error"):
+                return Reason.CRASH
+            said = _FAREWELL.fullmatch(last)
             return _SAID.get(said[1]) if said else None
         return _REASONS.get(status)
 

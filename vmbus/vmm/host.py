@@ -38,7 +38,7 @@ class Host:
         virtiofsd = shutil.which(settings.virtiofsd, path=places)
         self._virtiofsd = Virtiofsd(virtiofsd) if virtiofsd else None
         #: Whether guests can have a vsock device.
-        self.vsock = VSOCK_DEVICE.exists()
+        self.vsock = os.access(VSOCK_DEVICE, os.R_OK | os.W_OK)
         self._probing: asyncio.Task[str] | None = None
 
     async def kvm_problem(self) -> str:
@@ -61,7 +61,7 @@ class Host:
         """
         drivers, missing = await self._drivers(config.vmm)
         if config.vsock and not self.vsock:
-            raise NotSupported(f"vsock: this host has no {VSOCK_DEVICE}")
+            raise NotSupported(f"vsock: this host has no {VSOCK_DEVICE} that the service may open")
         unsupported = []
         for driver in drivers:
             problems = await asyncio.to_thread(driver.unsupported, config)

@@ -134,6 +134,7 @@ def _console(command: Command, fd: int) -> list[str]:
 
 def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:
     command.pass_fd(disk.image.fd)
+    driver = "host_device" if disk.image.is_block_device() else "file"
     read_only = "off" if disk.writable else "on"
     # An fd set is matched by its open mode: a file open for writing must be opened so, and is
     # made read-only one layer above.
@@ -144,7 +145,7 @@ def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:
         "-add-fd",
         f"fd={disk.image.fd},set={index}",
         "-blockdev",
-        f"driver=file,node-name=file{index},filename=/dev/fdset/{index}"
+        f"driver={driver},node-name=file{index},filename=/dev/fdset/{index}"
         + f",read-only={file_read_only},{cache}",
         "-blockdev",
         f"driver=raw,node-name=disk{index},file=file{index},read-only={read_only},{cache}",

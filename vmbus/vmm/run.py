@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import VMBusError
 from ..reasons import Reason
@@ -40,7 +41,7 @@ class Run:
         self._command: Command | None = None
         self._process: Process | None = None
         self._helpers: list[Process] = []
-        self._killed = False
+        self._killing = asyncio.Event()
 
     @property
     def pid(self) -> int:
@@ -51,25 +52,43 @@ class Run:
         """End it at once, or before it is spawned. False if it had ended by itself."""
         if self._process is not None:
             return self._process.kill()
-        self._killed = True
+        self._killing.set()
         return True
 
-    async def spawn(self, launch: Launch) -> bool:
-        """Start the VMM; `launch.console` is closed. False if it was killed before. Raises OSError.
+    async def spawn(self, launch: Launch, timeout: float) -> bool:
+        """Start the VMM; `launch.console` is closed. False if it was killed before.
 
-        Made ready in a thread, since files may have to be copied, from wherever they are.
+        Raises OSError, TimeoutError, or ValueError for a file that isn't what it was at Create.
         """
         try:
-            self._command = await asyncio.to_thread(self._driver.prepare, launch)
+            self._command = await self._prepare(launch, timeout)
+            if self._command is None:
+                return False
             with contextlib.closing(self._command):
-                if self._killed:
-                    return False
                 for helper in self._command.helpers:
                     self._helpers.append(Process.spawn(helper.argv, helper.inherit))
                 self._process = Process.spawn(self._command.argv, self._command.inherit)
                 return True
         finally:
             os.close(launch.console)
+
+    async def _prepare(self, launch: Launch, timeout: float) -> Command | None:
+        """Make the command, unless the run is killed before.
+
+        In a thread, since files may have to be copied, from wherever they are. One that hangs there
+        is left behind: what it makes, if it ever does, is closed at once.
+        """
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._driver.prepare, launch))
+        killing = asyncio.ensure_future(self._killing.wait())
+        either: set[asyncio.Future[Any]] = {preparing, killing}
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        killing.cancel()
+        if preparing.done() and not self._killing.is_set():
+            return preparing.result()
+        preparing.add_done_callback(_close_command)
+        if self._killing.is_set():
+            return None
+        raise TimeoutError(f"its files could not be made ready in {timeout:g} s")
 
     async def until_it_answers(self, timeout: float) -> str:
         """Wait for the first answer, or the end. Returns why neither came, once it is killed."""
@@ -100,7 +119,7 @@ class Run:
     async def ends(self) -> Ending:
         """Wait for the end of it all."""
         if self._process is None:
-            status = -signal.SIGKILL if self._killed else NOT_EXECUTED
+            status = -signal.SIGKILL if self._killing.is_set() else NOT_EXECUTED
         else:
             status = await self._process.exited
         for helper in self._helpers:
@@ -125,3 +144,8 @@ class Run:
             if words := helper.stderr_tail().strip():
                 return words.splitlines()[-1]
         return ""
+
+
+def _close_command(preparing: asyncio.Future[Command]) -> None:
+    if not preparing.cancelled() and preparing.exception() is None:
+        preparing.result().close()

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 
 from ..spec import SharedDir
-from .base import Command, Helper, Launch, listen, short_path
+from .base import Command, Helper, Launch, check_unmoved, listen, short_path
 
 #: Where distributions put it, which isn't in PATH.
 DIRECTORIES = ("/usr/libexec", "/usr/lib/qemu", "/usr/lib/virtiofsd")
@@ -38,6 +38,7 @@ class Virtiofsd:
         size = f"{launch.config.memory_mib}M"
         options = ["-object", f"memory-backend-memfd,id=memory,size={size},share=on"]
         options += ["-machine", "memory-backend=memory"]
+        check_unmoved(launch.config)
         for index, shared in enumerate(launch.config.shared_dirs):
             name = f"fs{index}"
             listener = command.own_fd(listen(launch.directory, socket.SOCK_STREAM, name).detach())
@@ -54,20 +55,23 @@ class Virtiofsd:
     def _argv(self, shared: SharedDir, listener: int) -> list[str]:
         if self._qemus():
             # Its options are split at commas, and a backslash keeps one.
-            source = shared.source.replace("\\", "\\\\").replace(",", "\\,")
+            source = shared.source.name.replace("\\", "\\\\").replace(",", "\\,")
             return [self._program, f"--fd={listener}", "-o", f"source={source}"]
-        argv = [self._program, f"--fd={listener}", f"--shared-dir={shared.source}"]
+        argv = [self._program, f"--fd={listener}", f"--shared-dir={shared.source.name}"]
         return argv if shared.writable else [*argv, "--readonly"]
 
     def _qemus(self) -> bool:
         """Whether it is the one that came with QEMU until 8.0, with options of its own."""
         if self._is_qemus is None:
-            told = subprocess.run(
-                [self._program, "--version"],
-                capture_output=True,
-                text=True,
-                timeout=_VERSION_TIMEOUT,
-                check=False,
-            )
+            try:
+                told = subprocess.run(
+                    [self._program, "--version"],
+                    capture_output=True,
+                    text=True,
+                    timeout=_VERSION_TIMEOUT,
+                    check=False,
+                )
+            except (OSError, subprocess.SubprocessError):
+                return True
             self._is_qemus = "Bellard" in told.stdout + told.stderr
         return self._is_qemus

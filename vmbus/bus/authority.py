@@ -1,0 +1,191 @@
+"""Who may do what: on a session bus its user, on a system bus whoever polkit lets."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import AccessDenied, InteractiveAuthorizationRequired
+from ..model.identity import Requester
+from ..model.machine import Machine
+from .connection import Connection, RemoteError
+from .peers import Peers
+from .wire import Flag, Message, Variant, WireError
+
+#: Seconds for polkit to decide where no user is asked.
+POLKIT_TIMEOUT = 10.0
+POLKIT = "org.freedesktop.PolicyKit1"
+POLKIT_PATH = "/org/freedesktop/PolicyKit1/Authority"
+POLKIT_AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
+_CHECK = "(sa{sv})sa{ss}us"
+_ALLOW_INTERACTION = 1
+
+
+class Access(enum.Enum):
+    """What a method does, as far as permission is concerned."""
+
+    READ = "read"
+    CREATE = "create"
+    MANAGE = "manage"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller wants: a verb of a VM, or of a VM to be, by its name.
+
+    interactive: the caller would have the user asked. gone: resolved when the caller leaves.
+    """
+
+    sender: str
+    access: Access
+    verb: str
+    name: str
+    vm: Machine | None
+    interactive: bool
+    gone: asyncio.Future[None]
+
+
+class Authority(Protocol):
+    """Who decides what a caller may do."""
+
+    def may_read_at_once(self, sender: str) -> bool:
+        """Whether this caller may read, as far as that can be told without asking anybody."""
+
+    async def authorize(self, request: Request) -> Requester:
+        """Return who the caller is, if the call is allowed.
+
+        Raises AccessDenied or InteractiveAuthorizationRequired.
+        """
+
+
+class SameUser:
+    """On a session bus: the service's own user may do everything, everyone else nothing."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    def may_read_at_once(self, sender: str) -> bool:
+        """See Authority.may_read_at_once."""
+        known = self._peers.known(sender)
+        return known is not None and known.uid == os.getuid()
+
+    async def authorize(self, request: Request) -> Requester:
+        """See Authority.authorize."""
+        caller = await self._peers.identify(request.sender)
+        if caller.uid != os.getuid():
+            raise AccessDenied(f"only the user with uid {os.getuid()} may use this service")
+        return caller
+
+
+class Polkit:
+    """On a system bus: all may read, and polkit decides the rest, with the recorded requester."""
+
+    def __init__(self, connection: Connection, peers: Peers) -> None:
+        self._connection = connection
+        self._peers = peers
+        self._numbers = itertools.count(1)
+
+    def may_read_at_once(self, sender: str) -> bool:
+        """See Authority.may_read_at_once."""
+        return True
+
+    async def authorize(self, request: Request) -> Requester:
+        """See Authority.authorize."""
+        caller = await self._peers.identify(request.sender)
+        if request.access is not Access.READ:
+            await self._check(request, caller)
+        return caller
+
+    async def _check(self, request: Request, caller: Requester) -> None:
+        action = action_for(request, caller)
+        requester = caller if request.vm is None else request.vm.identity.requester
+        details = {
+            "verb": request.verb,
+            "vm": request.name,
+            "requester_uid": str(requester.uid),
+            "requester_sid": requester.sid,
+        }
+        allowed, challenge = await self._ask(request, action, details)
+        if allowed:
+            return
+        if challenge and not request.interactive:
+            raise InteractiveAuthorizationRequired(
+                f"{action} needs authentication, and the call did not allow to ask the user for it"
+            )
+        raise AccessDenied(f"polkit does not allow {action} for {request.verb!r}")
+
+    async def _ask(
+        self, request: Request, action: str, details: dict[str, str]
+    ) -> tuple[bool, bool]:
+        """Whether it is allowed, and whether the user could be asked. Raises AccessDenied."""
+        cancellation = f"vmbus-{next(self._numbers)}"
+        question = [
+            ["system-bus-name", {"name": Variant("s", request.sender)}],
+            action,
+            details,
+            _ALLOW_INTERACTION if request.interactive else 0,
+            cancellation,
+        ]
+        asking = asyncio.ensure_future(self._call(question, request))
+        whichever: list[asyncio.Future[Any]] = [asking, request.gone]
+        if request.vm is not None:
+            whichever.append(request.vm.forgotten)
+        try:
+            await asyncio.wait(whichever, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return _answer(asking.result())
+            raise AccessDenied("the caller or the VM went away before polkit had decided")
+        finally:
+            if not asking.done():
+                asking.cancel()
+                self._connection.send(
+                    Message(
+                        destination=POLKIT,
+                        path=POLKIT_PATH,
+                        interface=POLKIT_AUTHORITY,
+                        member="CancelCheckAuthorization",
+                        signature="s",
+                        body=[cancellation],
+                        flags=Flag.NO_REPLY_EXPECTED,
+                    )
+                )
+
+    async def _call(self, question: Sequence[Any], request: Request) -> Sequence[Any]:
+        try:
+            reply = await self._connection.call(
+                POLKIT,
+                POLKIT_PATH,
+                POLKIT_AUTHORITY,
+                "CheckAuthorization",
+                _CHECK,
+                question,
+                # A user may take any time; a polkit that hangs then holds up this call alone.
+                timeout=None if request.interactive else POLKIT_TIMEOUT,
+            )
+        except (RemoteError, OSError, WireError) as error:
+            raise AccessDenied(f"polkit can't be asked: {error}") from error
+        return reply.body
+
+
+def action_for(request: Request, caller: Requester) -> str:
+    """The polkit action that decides a request."""
+    if request.vm is None:
+        return "org.vmbus1.create"
+    owner = request.vm.identity.requester
+    same_label = caller.sid == owner.sid or not (caller.sid and owner.sid)
+    own = caller.uid == owner.uid and same_label
+    return "org.vmbus1.manage-own" if own else "org.vmbus1.manage"
+
+
+def _answer(body: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether polkit allows it, and whether it would ask the user. Raises AccessDenied."""
+    try:
+        ((allowed, challenge, _),) = body
+    except (TypeError, ValueError):
+        raise AccessDenied("polkit answers something that can't be understood") from None
+    return allowed is True, challenge is True
