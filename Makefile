@@ -24,7 +24,7 @@ demo: ready guest
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 test: ready guest user
-	@$(if $(SUDO),echo "==> the tests act as several users and make taps, which needs root")
+	@[ -z "$(SUDO)" ] || echo "==> the tests act as several users and make taps, which needs root"
 	$(SUDO) .venv/bin/pytest
 
 # polkit takes questions about others from the user whom the actions name as their owner.
