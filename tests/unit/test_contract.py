@@ -16,7 +16,7 @@ from vmbus.bus.authority import Access
 from vmbus.bus.contract import interfaces
 from vmbus.bus.methods import TABLE
 
-ROOT = Path(vmbus.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vmbus"
 DATA = ROOT / "data"
 INTERFACES = sorted((DATA / "dbus-1" / "interfaces").glob("*.xml"))
