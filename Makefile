@@ -38,7 +38,8 @@ check: ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	xmllint --noout --nonet data/dbus-1/interfaces/*.xml data/dbus-1/system.d/*.conf data/polkit-1/actions/*.policy
-	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python -m mesonbuild.mesonmain setup --fatal-meson-warnings --reconfigure build/meson >build/meson.log || { cat build/meson.log; exit 1; }
+	@rm -rf build/meson
+	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python -m mesonbuild.mesonmain setup --fatal-meson-warnings build/meson >build/meson.log || { cat build/meson.log; exit 1; }
 	@echo "make check: all fine"
 
 format: ready
