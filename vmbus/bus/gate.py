@@ -67,13 +67,12 @@ class Gate:
             if method.access is not Access.CREATE:
                 # Only Create takes any; the rest may be under way for long.
                 _close(message.fds)
-                message.fds = ()
+                message.fds = call.fds = ()
             at_once = method.access is Access.READ and not method.lasts
             if at_once and self._authority.may_read_at_once(sender):
                 result = method.run(call)
                 if not isinstance(result, Coroutine):
                     self._reply(message, types, result)
-                    _close(message.fds)
                     return
                 work = result
             else:
