@@ -19,6 +19,7 @@ from typing import Any
 
 from vmbus.bus.connection import Connection, RemoteError
 from vmbus.bus.wire import Kind, Message, Variant
+from vmbus.vmm.pidfd import began
 
 ROOT = Path(__file__).parent.parent
 CROSVM = ROOT / "tests" / "fakes" / "crosvm"
@@ -32,6 +33,8 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 DEADLINE = 20.0
 ERROR = "org.vmbus1.Error."
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
+#: What the bus answers in the place of a service that isn't there (any more).
+GONE = {f"{STANDARD_ERROR}NoReply", f"{STANDARD_ERROR}ServiceUnknown"}
 
 _SYSTEM_BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -205,19 +208,35 @@ class Service:
             self.argv.remove("--allow-root")
             self.runtime.mkdir(mode=0o700)
             shutil.chown(self.runtime, user, user)
-        with self.log.open("wb") as log:
+        self._user = user
+        self.start()
+
+    def start(self, *program: str | Path, **environment: str) -> None:
+        """Start it, with the state that one before it may have left, and wait for its name.
+
+        program: what to run in place of the daemon's own module.
+        """
+        argv = self.argv
+        if program:
+            argv = [sys.executable, *map(str, program), *self.argv[3:]]
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.argv,
-                env=self.environment,
+                argv,
+                env={**self.environment, **environment},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                cwd=rig.directory,
-                user=user,
-                group=user,
-                extra_groups=None if user is None else [],
+                cwd=self.rig.directory,
+                user=self._user,
+                group=self._user,
+                extra_groups=None if self._user is None else [],
             )
         self._wait_for_name()
+
+    def crash(self) -> None:
+        """SIGKILL to it alone."""
+        self.process.kill()
+        self.process.wait(DEADLINE)
 
     def _wait_for_name(self) -> None:
         bus = "--system" if self.rig.system else "--session"
@@ -257,6 +276,7 @@ class Service:
         return self.process.wait(DEADLINE)
 
     def close(self) -> None:
+        """End it, and with it the VMs, which it would leave running."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -264,6 +284,20 @@ class Service:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        for pid, _ in self.traces():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def traces(self) -> list[tuple[int, int]]:
+        """The processes of VMs that run by its records: number, and beginning in clock ticks."""
+        found = []
+        for file in self.runtime.glob("vm/*/record.json"):
+            record = json.loads(file.read_text())
+            for trace in record["traces"]:
+                with contextlib.suppress(OSError):
+                    if began(trace["pid"]) == trace["began"]:
+                        found.append((trace["pid"], trace["began"]))
+        return found
 
 
 class Client:
@@ -360,6 +394,8 @@ async def refused(name: str) -> AsyncIterator[list[str]]:
     try:
         yield texts
     except RemoteError as error:
+        if error.name in GONE:
+            raise  # the service did not refuse it, but died over it
         assert error.name == name, f"{error.name}: {error.text}"
         texts.append(error.text)
     else:

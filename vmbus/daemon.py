@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from .bus.gate import Gate
 from .bus.methods import Service
 from .bus.objects import Objects
 from .bus.peers import Peers
+from .bus.wire import Message
 from .model.limits import Limits
+from .model.record import Store
 from .model.registry import Registry
+from .model.surroundings import Surroundings
 from .settings import Settings, SettingsError, load_settings
 from .vmm.host import Host
 
@@ -58,34 +63,59 @@ async def _serve_on(
     objects = Objects(connection, __version__)
     limits = Limits(settings.limits)
     registry = Registry(
-        directory,
-        settings,
+        Surroundings(settings, objects, Store(directory / "vm")),
         host,
-        objects,
         limits,
         image_directories=None if user else settings.image_directories,
     )
     peers = Peers(connection)
     authority: Authority = SameUser(peers) if user else Polkit(connection, peers)
     gate = Gate(connection, Service(objects, registry, settings), authority, peers, limits)
-    connection.handler = gate.handle
+    # Who calls in the moment between the name and the VMs is answered when they are there.
+    early: list[Message] = []
+    connection.handler = early.append
     told = _told_to_end()
-    await _own_name(connection, peers)
-    _prepare_directory(registry, directory)
-    finding = asyncio.create_task(_find_vmms(host, objects), name="find-vmms")
+    await peers.watch()
+    with _alone_in(directory):
+        await _own_name(connection)
+        await _restore(registry, connection, directory)
+        registry.go_on()
+        connection.handler = gate.handle
+        for message in early:
+            gate.handle(message)
+        finding = asyncio.create_task(_find_vmms(host, objects), name="find-vmms")
+        try:
+            await _watch_requesters(registry, peers)
+            await _first_of(told, connection)
+        finally:
+            registry.close()
+            await gate.aclose(_LAST_ANSWERS)
+            await registry.let_go()
+            finding.cancel()
+            await asyncio.wait({finding})
+            await host.aclose()
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Have the runtime directory to ourselves, whatever bus another service may be on."""
     try:
-        await _first_of(told, connection)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Failure(f"can't use the runtime directory {directory}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Failure(f"the runtime directory {directory} is used by another vmbusd") from error
+        yield
     finally:
-        await registry.shutdown()
-        finding.cancel()
-        await asyncio.wait({finding})
-        await host.aclose()
-        await gate.aclose(_LAST_ANSWERS)
+        os.close(lock)
 
 
-async def _own_name(connection: Connection, peers: Peers) -> None:
+async def _own_name(connection: Connection) -> None:
     try:
-        await peers.watch()
         (answer,) = await connection.call_bus("RequestName", "su", [BUS_NAME, _DO_NOT_QUEUE])
     except RemoteError as error:
         raise Failure(f"the bus does not let us own {BUS_NAME}: {error.text}") from error
@@ -95,11 +125,21 @@ async def _own_name(connection: Connection, peers: Peers) -> None:
         raise Failure(f"{BUS_NAME} is owned by another process already")
 
 
-def _prepare_directory(registry: Registry, directory: Path) -> None:
+async def _restore(registry: Registry, connection: Connection, directory: Path) -> None:
+    """Take over what the service before us left. Nothing is awaited once the VMs are there."""
     try:
-        registry.prepare_directory()
+        (bus,) = await connection.call_bus("GetId", "", [])
+        registry.restore(bus, {})
     except OSError as error:
         raise Failure(f"can't use the runtime directory {directory}: {error.strerror}") from error
+
+
+async def _watch_requesters(registry: Registry, peers: Peers) -> None:
+    """VMs that go with the connection that created them still do, or have to go now."""
+    for vm in registry:
+        if vm.config.kill_on_disconnect and not vm.over:
+            connection = vm.identity.requester.connection
+            registry.goes_with(vm, await peers.leaves(connection))
 
 
 async def _find_vmms(host: Host, objects: Objects) -> None:

@@ -42,10 +42,12 @@ class Handle:
 class OpenFile:
     """A file held open for a VM. `close` may be called any number of times."""
 
-    __slots__ = ("fd", "name", "size", "writable")
+    __slots__ = ("fd", "held", "name", "size", "writable")
 
     def __init__(self, fd: int, name: str, *, writable: bool, size: int) -> None:
         self.fd = fd
+        #: Whether it is an open file at all, and not just the name of a tap device.
+        self.held = fd >= 0
         self.name = name
         self.writable = writable
         self.size = size
@@ -58,6 +60,11 @@ class OpenFile:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
+    def check_open(self) -> None:
+        """Raises ValueError if the descriptor was lost, with a service that held it."""
+        if self.held and self.fd < 0:
+            raise ValueError(f"{self.name} is not open any more, since the service was restarted")
+
     def size_now(self) -> int:
         """Its size in bytes, whatever became of it since it was opened. Raises OSError."""
         return os.lseek(self.fd, 0, os.SEEK_END)
@@ -69,6 +76,21 @@ class OpenFile:
     def is_still(self, path: str) -> bool:
         """Whether that path still leads to it. Raises OSError."""
         return os.path.samestat(os.stat(path), os.fstat(self.fd))
+
+    def facts(self) -> dict[str, object]:
+        """What is to be known of it where it can't be held."""
+        return {name: getattr(self, name) for name in ("name", "writable", "size", "held")}
+
+    @classmethod
+    def lost(cls, facts: object) -> OpenFile:
+        """A file as `facts` has it, without its descriptor. Raises ValueError or TypeError."""
+        if not isinstance(facts, dict):
+            raise TypeError("what is known of a file must be a mapping")
+        known = dict(facts)
+        held = known.pop("held")
+        file = cls(-1, **known)
+        file.held = bool(held)
+        return file
 
     def __repr__(self) -> str:
         return f"OpenFile({self.name!r})"

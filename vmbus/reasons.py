@@ -43,7 +43,7 @@ ORDERLY = frozenset({Reason.SHUTDOWN, Reason.REBOOT, Reason.STOPPED})
 
 
 def death_reason(
-    status: int,
+    status: int | None,
     *,
     told: Reason | None,
     ran: bool,
@@ -52,14 +52,18 @@ def death_reason(
 ) -> Reason:
     """Tell why a VMM ended.
 
-    status: its exit code, or minus the signal that ended it. told: what the VMM said of its end,
-    by its exit code or its own protocol. ran: whether the VM ever ran. asked_for: why it was asked
-    to end in good order, if it was. killed_for: why it was, or was about to be, sent SIGKILL.
+    status: its exit code, or minus the signal that ended it; None where nobody knows. told: what
+    the VMM said of its end, by its exit code or its own protocol. ran: whether the VM ever ran.
+    asked_for: why it was asked to end in good order, if it was. killed_for: why it was, or was
+    about to be, sent SIGKILL.
     """
     if killed_for is not None and status == -signal.SIGKILL:
         return killed_for
     if not ran:
         return Reason.START_FAILED
+    if status is None:
+        # What was begun with it has most likely come to its end.
+        return told or killed_for or asked_for or Reason.UNKNOWN
     if status < 0 and told is None:
         return Reason.CRASH if status in _OWN_FAULTS else Reason.SIGNAL
     reason = told or (Reason.SHUTDOWN if status == 0 else Reason.CRASH)
@@ -69,8 +73,10 @@ def death_reason(
     return reason
 
 
-def obituary(status: int) -> str:
+def obituary(status: int | None) -> str:
     """What to say of a VMM that said nothing itself."""
+    if status is None:
+        return "it ended while the service was away"
     if status == 0:
         return ""
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     ValidationError,
     ValidationInfo,
@@ -64,13 +65,28 @@ def _printable(value: str) -> str:
     return value
 
 
+class Files(Protocol):
+    """How the files that a config names are opened. Each raises ValueError."""
+
+    def open(self, source: object, *, writable: bool) -> OpenFile:
+        """A file."""
+
+    def open_disk(self, source: object, *, writable: bool) -> OpenFile:
+        """A disk image."""
+
+    def open_tap(self, source: object) -> OpenFile:
+        """A tap device, or the name of one."""
+
+    def directory(self, source: object) -> OpenFile:
+        """A directory to be shared."""
+
+
 def _open_file(value: object, info: ValidationInfo) -> OpenFile:
     return _policy(info).open(value, writable=False)
 
 
-def _policy(info: ValidationInfo) -> FilePolicy:
-    assert isinstance(info.context, FilePolicy)
-    return info.context
+def _policy(info: ValidationInfo) -> Files:
+    return cast(Files, info.context)
 
 
 def _open_disk(value: object, info: ValidationInfo) -> OpenFile:
@@ -91,7 +107,9 @@ def _unicast(value: str) -> str:
     return value.lower()
 
 
-File = Annotated[OpenFile, PlainValidator(_open_file)]
+# What is written down of a file that a VM holds open.
+_WRITTEN = PlainSerializer(OpenFile.facts)
+File = Annotated[OpenFile, PlainValidator(_open_file), _WRITTEN]
 
 
 class _Model(BaseModel):
@@ -104,7 +122,7 @@ class Disk(_Model):
     """One disk. `writable` stands before `image`, whose validation looks at it."""
 
     writable: bool = False
-    image: Annotated[OpenFile, PlainValidator(_open_disk)]
+    image: Annotated[OpenFile, PlainValidator(_open_disk), _WRITTEN]
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,20}$")] | None = None
     direct: bool = False
 
@@ -112,14 +130,14 @@ class Disk(_Model):
 class Net(_Model):
     """One network device, on a tap."""
 
-    tap: Annotated[OpenFile, PlainValidator(_open_tap)]
+    tap: Annotated[OpenFile, PlainValidator(_open_tap), _WRITTEN]
     mac: Annotated[str, Field(pattern=MAC_PATTERN), AfterValidator(_unicast)] | None = None
 
 
 class SharedDir(_Model):
     """One directory of the host that the guest mounts by its tag."""
 
-    source: Annotated[OpenFile, PlainValidator(_directory)]
+    source: Annotated[OpenFile, PlainValidator(_directory), _WRITTEN]
     tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,35}$")]
     writable: bool = False
 

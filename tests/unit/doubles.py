@@ -15,6 +15,8 @@ from vmbus.files import FilePolicy
 from vmbus.model.identity import Identity, Observer, Requester
 from vmbus.model.limits import Limits, Shares
 from vmbus.model.machine import Machine
+from vmbus.model.record import Store
+from vmbus.model.surroundings import Surroundings
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
 from vmbus.spec import VMConfig, parse_config
@@ -118,9 +120,8 @@ class FakeDriver:
         self.may_go_on.wait(DEADLINE)
         self._fail("prepare")
         (launch.directory / "file").touch()
-        command = Command([], self._connect, helpers=self.helpers)
+        command = Command(helpers=self.helpers)
         orders = command.pass_fd(command.own_fd(os.dup(self._order)))
-        command.pass_fd(launch.console)
         command.argv = [*self.argv, orders]
         return command
 
@@ -139,7 +140,7 @@ class FakeDriver:
         os.close(self._order)
         os.close(self.orders)
 
-    async def _connect(self) -> Control:
+    async def connect(self, launch: Launch) -> Control:
         await self.before_answer()
         return self.control
 
@@ -168,12 +169,18 @@ class Recorder:
     def added(self, vm: Machine) -> None:
         self._tell(vm, f"added {vm.identity.name}")
 
+    def restored(self, vm: Machine) -> None:
+        self._tell(vm, f"restored {vm.identity.name}")
+
     def changed(self, vm: Machine, names: Sequence[str]) -> None:
         shown = (f"{name}={vm.state}" if name == "state" else name for name in names)
         self._tell(vm, f"changed {' '.join(shown)}")
 
     def died(self, vm: Machine) -> None:
-        self._tell(vm, f"died {vm.reason} {vm.status}")
+        try:
+            self._tell(vm, f"died {vm.reason} {vm.status}")
+        finally:
+            vm.death_was_told()
 
     def removed(self, vm: Machine) -> None:
         self._tell(vm, f"removed {vm.identity.name}")
@@ -218,8 +225,9 @@ def machine(
     identity = Identity(7, "guest", 2048, directory / "7", Requester(1000))
     identity.directory.mkdir()
     settings = settings or Settings()
+    around = Surroundings(settings, observer, Store(directory))
     shares = Shares(Limits(settings.limits), 1000, files=len(config.files()))
-    return Machine(identity, config, driver, settings, observer, shares=shares, kvm=False)
+    return Machine(identity, config, driver, around, shares=shares, kvm=False)
 
 
 class FakeHost(Host):

@@ -174,8 +174,10 @@ class Polkit:
 
 def action_for(request: Request, caller: Requester) -> str:
     """The polkit action that decides a request."""
-    if request.vm is None:
+    if request.access is Access.CREATE:
         return "org.vmbus1.create"
+    if request.vm is None:
+        return "org.vmbus1.manage"
     owner = request.vm.identity.requester
     same_label = caller.sid == owner.sid or not (caller.sid and owner.sid)
     own = caller.uid == owner.uid and same_label

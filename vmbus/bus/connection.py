@@ -61,6 +61,11 @@ class Connection:
         """Join the bus at `address`. Raises OSError or TimeoutError."""
         return cls(*await wire.join(address))
 
+    @property
+    def lost(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._stream.closed
+
     # Out
 
     def send(self, message: Message, sent: Callable[[], None] | None = None) -> None:

@@ -96,8 +96,14 @@ async def _create(call: Call) -> Reply:
     registry = call.service.registry
     vm = await registry.create(config, call.caller)
     if vm.config.kill_on_disconnect:
-        call.gone.add_done_callback(lambda _: registry.requester_left(vm))
+        registry.goes_with(vm, call.gone)
     return (path_of(vm),)
+
+
+async def _stop_all(call: Call) -> Reply:
+    (timeout_usec,) = call.args
+    await call.service.registry.stop_all(_seconds(call, timeout_usec))
+    return ()
 
 
 def _get_vm(call: Call) -> Reply:
@@ -148,8 +154,12 @@ async def _start(call: Call) -> Reply:
 
 async def _stop(call: Call) -> Reply:
     (timeout_usec,) = call.args
-    await call.machine.stop(timeout_usec / 1e6 or call.service.settings.stop_timeout)
+    await call.machine.stop(_seconds(call, timeout_usec))
     return ()
+
+
+def _seconds(call: Call, timeout_usec: int) -> float:
+    return timeout_usec / 1e6 or call.service.settings.stop_timeout
 
 
 async def _kill(call: Call) -> Reply:
@@ -258,6 +268,7 @@ TABLE: Mapping[tuple[str, str], Method] = {
     (MANAGER, "GetVM"): Method(Access.READ, _get_vm),
     (MANAGER, "GetVMByCID"): Method(Access.READ, _get_vm_by_cid),
     (MANAGER, "List"): Method(Access.READ, _list),
+    (MANAGER, "StopAll"): Method(Access.MANAGE, _stop_all),
     (VIRTUAL_MACHINE, "Start"): Method(Access.MANAGE, _start),
     (VIRTUAL_MACHINE, "Stop"): Method(Access.MANAGE, _stop),
     (VIRTUAL_MACHINE, "Kill"): Method(Access.MANAGE, _kill),

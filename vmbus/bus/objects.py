@@ -181,12 +181,20 @@ class Objects:
 
     def added(self, vm: Machine) -> None:
         """See Observer.added."""
+        exported = self._export(vm)
+        body = [exported.path, {VIRTUAL_MACHINE: exported.all()}]
+        self._signal(ROOT_PATH, OBJECT_MANAGER, "InterfacesAdded", body)
+        self._properties_changed(self._manager, ["VMCount"])
+
+    def restored(self, vm: Machine) -> None:
+        """See Observer.restored. Who listens has seen the service come, and asks by itself."""
+        self._export(vm)
+
+    def _export(self, vm: Machine) -> _Exported:
         path = path_of(vm)
         values = {name: _bound(getter, vm) for name, getter in _VM_PROPERTIES.items()}
         exported = self._vms[path] = _Exported(path, VIRTUAL_MACHINE, values, vm)
-        body = [path, {VIRTUAL_MACHINE: exported.all()}]
-        self._signal(ROOT_PATH, OBJECT_MANAGER, "InterfacesAdded", body)
-        self._properties_changed(self._manager, ["VMCount"])
+        return exported
 
     def changed(self, vm: Machine, names: Sequence[str]) -> None:
         """See Observer.changed."""
@@ -196,7 +204,13 @@ class Objects:
     def died(self, vm: Machine) -> None:
         """See Observer.died."""
         body = [vm.identity.cid, str(vm.reason), vm.status]
-        self._signal(path_of(vm), VIRTUAL_MACHINE, "Died", body)
+
+        def written() -> None:
+            # Lost with the connection to the bus, it is the next service's to tell.
+            if not self._connection.lost:
+                vm.death_was_told()
+
+        self._signal(path_of(vm), VIRTUAL_MACHINE, "Died", body, written)
 
     def removed(self, vm: Machine) -> None:
         """See Observer.removed."""
@@ -214,7 +228,14 @@ class Objects:
         body = [exported.interface, changed, invalidated]
         self._signal(exported.path, PROPERTIES, "PropertiesChanged", body)
 
-    def _signal(self, path: str, interface: str, member: str, body: Sequence[Any]) -> None:
+    def _signal(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        body: Sequence[Any],
+        sent: Callable[[], None] | None = None,
+    ) -> None:
         try:
             self._connection.send(
                 Message(
@@ -224,7 +245,8 @@ class Objects:
                     member=member,
                     signature=interfaces()[interface].signals[member],
                     body=body,
-                )
+                ),
+                sent,
             )
         except wire.WireError:
             log.exception("signal %s of %s could not be sent", member, path)

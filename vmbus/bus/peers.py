@@ -39,6 +39,15 @@ class Peers:
             leaving = self._leaving[sender] = asyncio.get_running_loop().create_future()
         return leaving
 
+    async def leaves(self, name: str) -> asyncio.Future[None]:
+        """As `gone`, for a connection that may have left before we came."""
+        gone = self.gone(name)
+        there = name and (await self._connection.call_bus("NameHasOwner", "s", [name]))[0]
+        if not there and not gone.done():
+            gone.set_result(None)
+            del self._leaving[name]
+        return gone
+
     def on_signal(self, message: Message) -> None:
         """Take a signal of the bus."""
         if message.sender != BUS_NAME or message.member != "NameOwnerChanged":
@@ -93,7 +102,7 @@ class Peers:
             (found,) = await self._connection.call_bus("GetConnectionCredentials", "s", [sender])
         except (RemoteError, OSError) as error:
             raise _unknown() from error
-        return _requester({key: variant.value for key, variant in found.items()})
+        return _requester(sender, {key: variant.value for key, variant in found.items()})
 
     def _remember(self, sender: str, requester: Requester) -> None:
         self._known[sender] = requester
@@ -105,7 +114,7 @@ def _unknown() -> AccessDenied:
     return AccessDenied("the bus does not say who you are")
 
 
-def _requester(found: dict[str, Any]) -> Requester:
+def _requester(sender: str, found: dict[str, Any]) -> Requester:
     if "UnixUserID" not in found:
         raise AccessDenied("the bus does not say which user you are")
     label = bytes(found.get("LinuxSecurityLabel", b"")).rstrip(b"\0")
@@ -113,4 +122,5 @@ def _requester(found: dict[str, Any]) -> Requester:
         uid=int(found["UnixUserID"]),
         pid=int(found.get("ProcessID", 0)),
         sid=label.decode("utf-8", "replace"),
+        connection=sender,
     )

@@ -77,6 +77,11 @@ class MessageStream:
         self._empty.set()
         self._resume_reading()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is, on either side."""
+        return self._closed
+
     # Reading
 
     def _resume_reading(self) -> None:

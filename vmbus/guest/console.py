@@ -7,16 +7,24 @@ another's, and keeps nothing in our memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import os
 import select
 import socket
+import struct
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+#: The FIFOs' names in a VM's directory of temporary files, as QEMU calls a pair of them.
+CONSOLE = "console"
+INPUT, OUTPUT = f"{CONSOLE}.in", f"{CONSOLE}.out"
 _CHUNK = 64 * 1024
+_LOST = b"\r\n[vmbus: while the service was away, some of the output was lost]\r\n"
 
 
 class BoundedLog:
@@ -74,24 +82,38 @@ class BoundedLog:
 
 
 class Console:
-    """The console of one VM."""
+    """The console of one VM. It comes and goes by two FIFOs in `directory`, which outlive us."""
 
-    def __init__(self, log: BoundedLog) -> None:
+    def __init__(self, log: BoundedLog, directory: Path) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
-        self._vmm: socket.socket | None = None
+        self._directory = directory
+        self._output = -1
+        self._input = -1
         self._readers: set[socket.socket] = set()
         self._closed: dict[socket.socket, Callable[[], None]] = {}
         self._silent: set[socket.socket] = set()
-        self._input = b""
+        self._typed = b""
 
-    def plug(self) -> socket.socket:
-        """Make the stream to the VMM. Returns the VMM's end, the caller's to close."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._vmm = ours
-        self._loop.add_reader(ours.fileno(), self._from_guest)
-        return theirs
+    def plug(self) -> None:
+        """Make the FIFOs and open our ends. Raises OSError."""
+        for name in (INPUT, OUTPUT):
+            os.mkfifo(self._directory / name, 0o600)
+        self._open()
+
+    def plug_again(self) -> None:
+        """Open our ends of FIFOs that were there before us. Raises OSError."""
+        self._open()
+        if _is_full(self._output):
+            self._from_guest()
+            self._log.write(_LOST)
+
+    def _open(self) -> None:
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        self._output = os.open(self._directory / OUTPUT, os.O_RDONLY | flags)
+        # For reading too, or it couldn't be opened before the VMM has its end.
+        self._input = os.open(self._directory / INPUT, os.O_RDWR | flags)
+        self._loop.add_reader(self._output, self._from_guest)
 
     def attach(self, closed: Callable[[], None] = lambda: None) -> socket.socket:
         """A stream joined to the console, both ways. Returns the reader's end, to be closed.
@@ -110,7 +132,7 @@ class Console:
                 self._detach(reader)
         self._readers.add(ours)
         self._closed[ours] = closed
-        if not self._input:
+        if not self._typed:
             self._loop.add_reader(ours.fileno(), self._from_reader, ours)
         return theirs
 
@@ -120,25 +142,23 @@ class Console:
 
     def close(self) -> None:
         """Take what the VMM left behind, then end the stream for everybody."""
-        if self._vmm is not None:
-            while self._from_guest():
-                pass
-            self._unplug()
+        while self._from_guest():
+            pass
+        self._unplug()
         for reader in list(self._readers):
             self._detach(reader)
         self._log.close()
 
     def _from_guest(self) -> bool:
-        if self._vmm is None:
+        if self._output < 0:
             return False
         try:
-            data = self._vmm.recv(_CHUNK)
-        except (BlockingIOError, InterruptedError):
+            data = os.read(self._output, _CHUNK)
+        except BlockingIOError:
             return False
-        except OSError:
-            data = b""
         if not data:
-            self._unplug()
+            # The VMM has its end no more, or not yet.
+            self._loop.remove_reader(self._output)
             return False
         self._log.write(data)
         for reader in list(self._readers):
@@ -163,9 +183,9 @@ class Console:
         if not data:
             self._no_more_input(reader)
             return
-        if self._vmm is None:
+        if self._input < 0:
             return
-        self._input += data
+        self._typed += data
         self._to_guest()
 
     def _no_more_input(self, reader: socket.socket) -> None:
@@ -178,19 +198,15 @@ class Console:
 
     def _to_guest(self) -> None:
         """Write what readers typed; while the guest doesn't take it, nobody's typing is read."""
-        if self._vmm is None:
+        if self._input < 0:
             return
-        try:
-            self._input = self._input[self._vmm.send(self._input) :]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            self._input = b""
-        if self._input:
-            self._loop.add_writer(self._vmm.fileno(), self._to_guest)
+        with contextlib.suppress(BlockingIOError):
+            self._typed = self._typed[os.write(self._input, self._typed) :]
+        if self._typed:
+            self._loop.add_writer(self._input, self._to_guest)
             for reader in self._readers:
                 self._loop.remove_reader(reader.fileno())
-        elif self._loop.remove_writer(self._vmm.fileno()):
+        elif self._loop.remove_writer(self._input):
             for reader in self._readers - self._silent:
                 self._loop.add_reader(reader.fileno(), self._from_reader, reader)
 
@@ -202,11 +218,18 @@ class Console:
         self._closed.pop(reader)()
 
     def _unplug(self) -> None:
-        if self._vmm is not None:
-            self._loop.remove_reader(self._vmm.fileno())
-            self._loop.remove_writer(self._vmm.fileno())
-            self._vmm.close()
-            self._vmm = None
+        if self._output >= 0:
+            self._loop.remove_reader(self._output)
+            self._loop.remove_writer(self._input)
+            os.close(self._output)
+            os.close(self._input)
+            self._output = self._input = -1
+
+
+def _is_full(fifo: int) -> bool:
+    """Whether a FIFO holds so much that something may not have fitted in any more."""
+    held = struct.unpack("i", fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)))[0]
+    return bool(held > fcntl.fcntl(fifo, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF)
 
 
 def _hung_up(stream: socket.socket) -> bool:

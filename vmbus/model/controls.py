@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from ..errors import TimedOut, VMBusError
 from ..vmm.base import Control
@@ -17,61 +17,68 @@ _ASK_MEMORY = 1.0
 
 
 class Controls:
-    """The control of one VM's VMM. `control` is there once the VMM has answered.
+    """The control of one VM's VMM, from its first answer on.
 
     timeout: how long a request may wait for the one before it, in seconds.
     """
 
     def __init__(self, name: str, timeout: float) -> None:
-        self.control: Control | None = None
+        self._control: asyncio.Future[Control] = asyncio.get_running_loop().create_future()
         self._name = name
         self._timeout = timeout
         self._lock = asyncio.Lock()
-        self._halted = False
         self._asking: asyncio.Task[int | None] | None = None
 
     @property
-    def answering(self) -> Control:
-        """The control of a VMM that has answered."""
-        assert self.control is not None
-        return self.control
+    def has_answered(self) -> bool:
+        """Whether the VMM ever answered us. One that another service started may not, yet."""
+        return self._control.done()
+
+    def answered(self, control: Control) -> None:
+        """The VMM has answered for the first time."""
+        self._control.set_result(control)
+
+    async def _there(self) -> Control:
+        return await asyncio.shield(self._control)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Control]:
         """Wait until no other request is under way. Raises TimedOut."""
         try:
             async with asyncio.timeout(self._timeout):
+                control = await self._there()
                 await self._lock.acquire()
         except TimeoutError:
-            raise TimedOut("the VMM is still busy with another request") from None
+            busy = "is still busy with another request"
+            silent = "has not answered since the service was restarted"
+            raise TimedOut(f"the VMM {busy if self.has_answered else silent}") from None
         try:
-            yield self.answering
+            yield control
         finally:
             self._lock.release()
 
-    async def suspend(self, control: Control) -> None:
-        """To be called in one's turn, as `resume`. Raises ControlFailed or TimedOut."""
-        # Also where no answer comes: it may do it later.
-        self._halted = True
-        await control.suspend()
+    async def settle(self, *, halted: bool) -> None:
+        """Have the vCPUs stop, or go on, once more: nobody knows whether they do."""
+        control = await self._there()
+        async with self._lock:
+            await self._obeyed(control.suspend() if halted else control.resume())
 
-    async def resume(self, control: Control) -> None:
-        """See `suspend`."""
-        await control.resume()
-        self._halted = False
+    async def end_in_order(self, halted: Callable[[], bool]) -> None:
+        """Press the power button; where there is none, have the VMM stop.
 
-    async def end_in_order(self) -> None:
-        """Press the power button; where there is none, have the VMM stop."""
+        halted: whether the vCPUs were told to stop.
+        """
+        control = await self._there()
         # A guest that is suspended, or about to be, would never learn of it.
         async with self._lock:
-            if self._halted:
-                await self._obeyed(self.answering.resume())
-        if not await self._obeyed(self.answering.power_button()):
+            if halted():
+                await self._obeyed(control.resume())
+        if not await self._obeyed(control.power_button()):
             await self.quit()
 
     async def quit(self) -> None:
         """Have the VMM stop by itself, if it does."""
-        await self._obeyed(self.answering.quit())
+        await self._obeyed((await self._there()).quit())
 
     async def memory(self) -> int | None:
         """How many bytes the guest has; None where the VMM doesn't say in time."""
@@ -83,7 +90,7 @@ class Controls:
     async def _ask_memory(self) -> int | None:
         try:
             async with asyncio.timeout(_ASK_MEMORY):
-                return await self.answering.memory()
+                return await (await self._there()).memory()
         except (VMBusError, TimeoutError) as error:
             log.debug("VM %s: its memory is not known: %s", self._name, error)
         except Exception:

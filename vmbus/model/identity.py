@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Requester:
-    """Who called Create, as the bus vouches for it. `sid` is empty where there is no label."""
+    """Who called Create, as the bus vouches for it. `sid` is empty where there is no label.
+
+    connection: the unique name on the bus, good for as long as the bus itself is there.
+    """
 
     uid: int
     pid: int = 0
     sid: str = ""
+    connection: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,17 @@ class Observer(Protocol):
     def added(self, vm: Machine) -> None:
         """The VM exists."""
 
+    def restored(self, vm: Machine) -> None:
+        """The VM exists, and did so before the service."""
+
     def changed(self, vm: Machine, names: Sequence[str]) -> None:
         """These attributes of the VM have new values."""
 
     def died(self, vm: Machine) -> None:
-        """The VM is dead or failed, and `changed` has said so."""
+        """The VM is dead or failed, and `changed` has said so.
+
+        When everybody has been told, `vm.death_was_told` is to be called.
+        """
 
     def removed(self, vm: Machine) -> None:
         """The VM exists no more."""

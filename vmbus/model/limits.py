@@ -44,12 +44,12 @@ class Limits:
         self._taken: dict[Kind, Counter[int]] = {kind: Counter() for kind in Kind}
         self._in_all: Counter[Kind] = Counter()
 
-    def take(self, kind: Kind, uid: int, amount: int = 1) -> Lease:
-        """Take a share. Raises LimitExceeded, with nothing taken."""
+    def take(self, kind: Kind, uid: int, amount: int = 1, *, firm: bool = True) -> Lease:
+        """Take a share. Raises LimitExceeded, with nothing taken, unless it is not `firm`."""
         limit: Limit = getattr(self._limits, kind.name.lower())
-        if self._taken[kind][uid] + amount > limit.per_user:
+        if firm and self._taken[kind][uid] + amount > limit.per_user:
             raise LimitExceeded(f"a user can have no more than {limit.per_user} {kind.value}")
-        if self._in_all[kind] + amount > limit.in_all:
+        if firm and self._in_all[kind] + amount > limit.in_all:
             raise LimitExceeded(f"there can be no more than {limit.in_all} {kind.value}")
         self._taken[kind][uid] += amount
         self._in_all[kind] += amount
@@ -64,15 +64,18 @@ class Limits:
 
 
 class Shares:
-    """What one VM has of what its requester may take. Made at Create; raises LimitExceeded."""
+    """What one VM has of what its requester may take. Made at Create; raises LimitExceeded.
 
-    def __init__(self, limits: Limits, uid: int, *, files: int) -> None:
+    firm: false for a VM that is there already, whatever the limits have become since.
+    """
+
+    def __init__(self, limits: Limits, uid: int, *, files: int, firm: bool = True) -> None:
         self._limits = limits
         self._uid = uid
-        self._vm = limits.take(Kind.VMS, uid)
+        self._vm = limits.take(Kind.VMS, uid, firm=firm)
         self._memory: Lease | None = None
         try:
-            self._files = limits.take(Kind.FILES, uid, files)
+            self._files = limits.take(Kind.FILES, uid, files, firm=firm)
         except LimitExceeded:
             self._vm.release()
             raise
@@ -80,6 +83,10 @@ class Shares:
     def run(self, memory: int) -> None:
         """The VM is to run with so much memory, in MiB. Raises LimitExceeded."""
         self._memory = self._limits.take(Kind.MEMORY, self._uid, memory)
+
+    def runs(self, memory: int) -> None:
+        """The VM runs with so much memory already, whatever the limits have become since."""
+        self._memory = self._limits.take(Kind.MEMORY, self._uid, memory, firm=False)
 
     def console(self, uid: int) -> Lease:
         """A user opens its console, whoever that is. Raises LimitExceeded."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import dataclasses
+import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Coroutine, Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidState, LimitExceeded, NameExists, NoSuchVM, VMBusError
 from ..files import FilePolicy
 from ..reasons import Reason
-from ..settings import Settings
 from ..spec import VMConfig, parse_config
 from ..vmm.base import Driver
 from ..vmm.host import Host
-from .identity import Identity, Observer, Requester
+from .identity import Identity, Requester
 from .limits import Limits, Shares
 from .machine import Machine
+from .record import Record
+from .state import State
+from .surroundings import Surroundings
 
 FIRST_CID = 2048
 LAST_CID = 65535
@@ -27,18 +31,28 @@ class CIDPool:
     """Context ids. A freed one goes to the end of the line, so it is reused as late as can be."""
 
     def __init__(self, first: int = FIRST_CID, last: int = LAST_CID) -> None:
-        self._most = last - first + 1
+        self._first = first
+        self._last = last
         self._fresh = iter(range(first, last + 1))
         self._freed: deque[int] = deque()
+        #: The last that was taken for the first time.
+        self.reached = first - 1
+
+    def go_on(self, reached: int, used: Collection[int]) -> None:
+        """Go on where another pool had got to, of whose CIDs `used` are not free."""
+        self.reached = min(max(reached, self.reached), self._last)
+        self._fresh = iter(range(self.reached + 1, self._last + 1))
+        self._freed = deque(cid for cid in range(self._first, self.reached + 1) if cid not in used)
 
     def take(self) -> int:
         """The next CID. Raises LimitExceeded when all are in use."""
         cid = next(self._fresh, None)
         if cid is not None:
+            self.reached = cid
             return cid
         if self._freed:
             return self._freed.popleft()
-        raise LimitExceeded(f"there can be no more than {self._most} VMs")
+        raise LimitExceeded(f"there can be no more than {self._last - self._first + 1} VMs")
 
     def free(self, cid: int) -> None:
         self._freed.append(cid)
@@ -49,18 +63,14 @@ class Registry:
 
     def __init__(
         self,
-        directory: Path,
-        settings: Settings,
+        surroundings: Surroundings,
         host: Host,
-        observer: Observer,
         limits: Limits,
         *,
         image_directories: tuple[Path, ...] | None,
     ) -> None:
-        self._directory = directory / "vm"
-        self._settings = settings
+        self._around = surroundings
         self._host = host
-        self._observer = observer
         self._limits = limits
         self._closing = False
         self._ending: set[asyncio.Task[None]] = set()
@@ -94,10 +104,44 @@ class Registry:
         except KeyError:
             raise NoSuchVM(f"there is no VM with the CID {cid}") from None
 
-    def prepare_directory(self) -> None:
-        """Make the directory of all VMs, without what a former run left. Raises OSError."""
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(mode=0o700, parents=True)
+    def restore(self, bus: str, kept: MutableMapping[str, int]) -> None:
+        """Take over the VMs of the service before us. Raises OSError.
+
+        bus: which one we are on. kept: descriptors that outlived the other service, by name; those
+        that are of no use are left in it.
+        """
+        store = self._around.store
+        records = store.open()
+        if store.counters.bus != bus:
+            # Another bus gives the same names to other connections.
+            records = [_of_nobody(record) for record in records]
+        store.count(bus=bus)
+        self._last_id = store.counters.last_id
+        self._cids.go_on(store.counters.last_cid, {record.cid for record in records})
+        for record in records:
+            directory = store.directory_of(record.id)
+            identity = Identity(record.id, record.name, record.cid, directory, record.requester)
+            uid, files = record.requester.uid, len(record.config.files())
+            vm = Machine(
+                identity,
+                record.config,
+                self._host.driver_named(record.vmm),
+                self._around,
+                shares=Shares(self._limits, uid, files=files, firm=False),
+                kvm=record.kvm,
+                vsock=record.vsock,
+            )
+            vm.read(record)
+            vm.take_over(kept)
+            self._enter(vm)
+            self._around.observer.restored(vm)
+
+    def go_on(self) -> None:
+        """Let the VMs that were restored live on, now that they can be told of."""
+        for vm in self:
+            vm.go_on()
+            if vm.state is State.STOPPING:
+                self._own(vm.stop_again())
 
     async def create(self, raw: Mapping[str, object], requester: Requester) -> Machine:
         """Validate a config and make its VM, without starting anything.
@@ -127,34 +171,38 @@ class Registry:
             shares.forget()
             raise
         vsock = self._host.vsock if config.vsock is None else config.vsock
-        vm = Machine(
-            identity,
-            config,
-            driver,
-            self._settings,
-            self._observer,
-            shares=shares,
-            kvm=kvm,
-            vsock=vsock,
-        )
-        vm.on_death = self._on_death
-        self._machines[identity.id] = self._by_name[identity.name] = vm
-        self._by_cid[identity.cid] = vm
-        self._observer.added(vm)
+        vm = Machine(identity, config, driver, self._around, shares=shares, kvm=kvm, vsock=vsock)
+        try:
+            vm.write()
+        except BaseException:
+            vm.remove()
+            self._cids.free(identity.cid)
+            raise
+        vm.holdings.store()
+        self._enter(vm)
+        self._around.observer.added(vm)
         return vm
 
+    def _enter(self, vm: Machine) -> None:
+        vm.on_death = functools.partial(self._on_death, vm)
+        identity = vm.identity
+        self._machines[identity.id] = self._by_name[identity.name] = vm
+        self._by_cid[identity.cid] = vm
+
     def _identity(self, config: VMConfig, requester: Requester) -> Identity:
-        self._last_id += 1
-        while config.name is None and f"vm-{self._last_id}" in self._by_name:
-            self._last_id += 1
-        id = self._last_id
+        id = self._last_id + 1
+        while config.name is None and f"vm-{id}" in self._by_name:
+            id += 1
         cid = self._cids.take()
-        directory = self._directory / str(id)
+        store = self._around.store
+        directory = store.directory_of(id)
         try:
+            store.count(last_id=id, last_cid=self._cids.reached)
             directory.mkdir(mode=0o700)
         except OSError as error:
             self._cids.free(cid)
             raise VMBusError(f"no directory for the VM: {error.strerror}") from error
+        self._last_id = id
         return Identity(id, config.name or f"vm-{id}", cid, directory, requester)
 
     def remove(self, vm: Machine) -> None:
@@ -165,14 +213,16 @@ class Registry:
             return
         del self._by_name[identity.name], self._by_cid[identity.cid]
         self._cids.free(identity.cid)
-        self._observer.removed(vm)
+        self._around.observer.removed(vm)
+
+    def goes_with(self, vm: Machine, gone: asyncio.Future[None]) -> None:
+        """Have a VM end when the connection that created it is gone."""
+        gone.add_done_callback(lambda _: self.requester_left(vm))
 
     def requester_left(self, vm: Machine) -> None:
         """The connection that created a VM is gone; one that was to go with it does."""
         if vm.alive:
-            task = asyncio.create_task(vm.kill(Reason.REQUESTER_GONE))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._own(vm.kill(Reason.REQUESTER_GONE))
         elif vm.reason is None and not vm.forgotten.done():
             # Never started, it would be nobody's.
             self.remove(vm)
@@ -190,11 +240,33 @@ class Registry:
         if vm.config.collect == "on-death":
             self.remove(vm)
 
-    async def shutdown(self) -> None:
-        """End all VMs at once, each in good order while there is time. No more can be started."""
-        self._closing = True
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def stop_all(self, timeout: float) -> None:
+        """End all VMs at once, each in good order while there is time (s)."""
         async with asyncio.TaskGroup() as group:
             for vm in self:
                 if vm.alive:
-                    timeout = self._settings.shutdown_timeout
                     group.create_task(vm.stop(timeout, Reason.HOST_SHUTDOWN))
+
+    def close(self) -> None:
+        """No more VMs can be created or started."""
+        self._closing = True
+
+    async def let_go(self) -> None:
+        """Have nothing to do with the VMs any more: they go on, and the next service finds them."""
+        self._closing = True
+        for task in list(self._ending):
+            task.cancel()
+        if self._ending:
+            await asyncio.wait(self._ending)
+        for vm in self:
+            await vm.let_go()
+
+
+def _of_nobody(record: Record) -> Record:
+    requester = dataclasses.replace(record.requester, connection="")
+    return record.model_copy(update={"requester": requester})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,16 +23,15 @@ _COPY_CHUNK = 1 << 24
 class Launch:
     """What a driver needs to know to start one VM.
 
-    directory: the VM's own, for temporary files. console: the VMM's end of the console, a stream
-    socket, lent for the launch. kvm: whether KVM is usable. vsock: whether the guest gets a vsock.
-    control_timeout: how long the VMM may take to answer a request, in seconds.
+    directory: the VM's own, for temporary files; the console's FIFOs are in it. kvm: whether KVM is
+    usable. vsock: whether the guest gets a vsock. control_timeout: how long the VMM may take to
+    answer a request, in seconds.
     """
 
     name: str
     cid: int
     config: VMConfig
     directory: Path
-    console: int
     kvm: bool
     vsock: bool
     control_timeout: float
@@ -79,14 +78,9 @@ class Helper:
 
 @dataclass(slots=True)
 class Command:
-    """A VMM about to be started: its argument vector and the descriptors it inherits.
+    """A VMM about to be started: its argument vector and the descriptors it inherits."""
 
-    connect: waits until the VM runs and gives its control; raises ControlFailed or NotSupported,
-    and can be cancelled at any time.
-    """
-
-    argv: list[str]
-    connect: Callable[[], Awaitable[Control]]
+    argv: list[str] = field(default_factory=list)
     inherit: list[int] = field(default_factory=list)
     #: Programs that the VMM needs beside it, to be started before it and ended after it.
     helpers: list[Helper] = field(default_factory=list)
@@ -117,6 +111,12 @@ class Driver(Protocol):
 
     def prepare(self, launch: Launch) -> Command:
         """Make ready what the VMM needs. May block: runs in a worker thread. Raises OSError."""
+
+    async def connect(self, launch: Launch) -> Control:
+        """Wait, however long, until the VMM answers; it may have been launched by another of us.
+
+        Raises ControlFailed or NotSupported.
+        """
 
     def told_by(self, status: int, stderr: str) -> Reason | None:
         """What this VMM says of its end by its exit code, or by the last it printed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 from ..errors import ControlFailed, NotSupported, TimedOut
 from ..files import check_raw
+from ..guest.console import INPUT, OUTPUT
 from ..reasons import Reason
 from ..spec import Disk, Net, VMConfig
 from .base import Command, Launch, check_unmoved, connect, last_line, listen
@@ -89,9 +91,7 @@ class Crosvm:
 
     def prepare(self, launch: Launch) -> Command:
         """See Driver.prepare."""
-
-        control = CrosvmControl(launch)
-        command = Command([], control.answers)
+        command = Command()
         try:
             listener = listen(launch.directory, socket.SOCK_SEQPACKET)
             socket_path = command.pass_fd(command.own_fd(listener.detach()))
@@ -99,7 +99,7 @@ class Crosvm:
             command.argv += [f"--socket={socket_path}", f"--name={launch.name}"]
             command.argv += _sandbox(launch.directory)
             command.argv += _machine(launch)
-            command.argv += _console(command.pass_fd(launch.console))
+            command.argv += _console(launch.directory, command)
             for disk in launch.config.disks:
                 # crosvm looks for itself what an image is, and opens what its head names.
                 check_raw(disk.image)
@@ -115,6 +115,10 @@ class Crosvm:
             command.close()
             raise
         return command
+
+    async def connect(self, launch: Launch) -> CrosvmControl:
+        """See Driver.connect."""
+        return await CrosvmControl(launch).answers()
 
     def told_by(self, status: int, stderr: str) -> Reason | None:
         """See Driver.told_by.
@@ -175,9 +179,22 @@ def _net(net: Net, command: Command) -> str:
     return f"--net={tap}" + (f",mac={net.mac}" if net.mac else "")
 
 
-def _console(path: str) -> list[str]:
+def _console(directory: Path, command: Command) -> list[str]:
+    """Both FIFOs are open both ways, so that neither ever comes to an end, whoever else goes.
+
+    What a full one doesn't take is lost, or the guest would stand still until somebody reads.
+    """
+    both = os.O_RDWR | os.O_CLOEXEC
+    out = command.own_fd(os.open(directory / OUTPUT, both | os.O_NONBLOCK))
+    typed = command.own_fd(os.open(directory / INPUT, both))
     serial = _options(
-        type="file", hardware="serial", num=1, path=path, input=path, console=True, earlycon=True
+        type="file",
+        hardware="serial",
+        num=1,
+        path=command.pass_fd(out),
+        input=command.pass_fd(typed),
+        console=True,
+        earlycon=True,
     )
     return ["--serial", serial]
 

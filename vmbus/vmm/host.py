@@ -54,6 +54,12 @@ class Host:
         drivers, _ = await self._drivers("auto")
         return [driver.name for driver in drivers]
 
+    def driver_named(self, name: str) -> Driver:
+        """The driver of a VMM that runs already, whether or not another could be started."""
+        if name == Crosvm.name:
+            return Crosvm(self._crosvm or self._settings.crosvm)
+        return Qemu(self._qemu or self._settings.qemu, self._settings.qemu_machine, self._virtiofsd)
+
     async def driver(self, config: VMConfig) -> Driver:
         """The first VMM of a config's choice that is there and can do all of it.
 
@@ -101,6 +107,7 @@ async def _probe_kvm() -> str:
     """Run a tiny guest in a child, since one that hangs can only be got rid of with its process."""
     try:
         process = Process.spawn([sys.executable, "-I", "-S", str(_PROBE)], ())
+        process.release()
     except OSError as error:
         return f"the probe could not be started: {error.strerror}"
     try:

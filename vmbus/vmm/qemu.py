@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 import socket
+from pathlib import Path
 
+from ..errors import ControlFailed
+from ..guest.console import CONSOLE
 from ..reasons import Reason
 from ..spec import MAX_PARAMS, Disk, Net, VMConfig
 from .base import Command, Launch, connect, last_line, listen, readable_again
@@ -47,19 +50,14 @@ class Qemu:
 
     def prepare(self, launch: Launch) -> Command:
         """See Driver.prepare."""
-
-        async def answer() -> QemuControl:
-            sock = await connect(launch.directory, socket.SOCK_STREAM)
-            return await QemuControl.greet(sock, launch.control_timeout)
-
-        command = Command([], answer)
+        command = Command()
         try:
             listener = listen(launch.directory, socket.SOCK_STREAM)
             microvm = self._is_microvm(launch)
             bus = "device" if microvm else "pci"
             command.argv = [self._program, *_machine(launch, microvm=microvm), *_BARE]
             command.argv += _monitor(command, command.own_fd(listener.detach()))
-            command.argv += _console(command, launch.console)
+            command.argv += _console(launch.directory)
             for index, disk in enumerate(launch.config.disks):
                 command.argv += _disk(command, index, disk, bus)
             for index, net in enumerate(launch.config.net):
@@ -72,6 +70,14 @@ class Qemu:
             command.close()
             raise
         return command
+
+    async def connect(self, launch: Launch) -> QemuControl:
+        """See Driver.connect."""
+        try:
+            sock = await connect(launch.directory, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ControlFailed(f"QEMU's control socket: {error.strerror}") from None
+        return await QemuControl.greet(sock, launch.control_timeout)
 
     def told_by(self, status: int, stderr: str) -> Reason | None:
         """See Driver.told_by: QEMU says it by events, and exits 1 where it fails."""
@@ -127,9 +133,10 @@ def _monitor(command: Command, listener: int) -> list[str]:
     ]
 
 
-def _console(command: Command, fd: int) -> list[str]:
-    command.pass_fd(fd)
-    return ["-chardev", f"socket,id=console,fd={fd}", "-serial", "chardev:console"]
+def _console(directory: Path) -> list[str]:
+    # QEMU opens both FIFOs both ways, so that neither comes to an end while nobody else has it.
+    path = str(directory / CONSOLE).replace(",", ",,")
+    return ["-chardev", f"pipe,id=console,path={path}", "-serial", "chardev:console"]
 
 
 def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:

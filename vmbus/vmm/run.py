@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import VMBusError
@@ -25,28 +26,56 @@ _GRACE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a VMM ended: its status, what it said of that, and its last words."""
+    """How a VMM ended: its status, what it said of that, and its last words.
 
-    status: int
+    status: an exit code, or minus a signal; None where nobody knows.
+    """
+
+    status: int | None
     told: Reason | None
     words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """By what a process is found again: its number, and when it began, in ticks since boot."""
+
+    pid: int
+    began: int
 
 
 class Run:
     """A VMM and the programs beside it. `control` is there once it has answered."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, launch: Launch) -> None:
         self.control: Control | None = None
         self._driver = driver
-        self._command: Command | None = None
+        self._launch = launch
         self._process: Process | None = None
         self._helpers: list[Process] = []
         self._killing = asyncio.Event()
+        self._adopted = False
 
     @property
     def pid(self) -> int:
         """The VMM's process, 0 when there is none."""
         return 0 if self._process is None else self._process.pid
+
+    @property
+    def pidfd(self) -> int:
+        """A descriptor of the VMM's process."""
+        assert self._process is not None
+        return self._process.pidfd
+
+    @property
+    def traces(self) -> list[Trace]:
+        """The VMM, first, and the programs beside it."""
+        found = [self._process] if self._process is not None else []
+        return [Trace(each.pid, each.started) for each in (*found, *self._helpers)]
+
+    def has_ended(self) -> bool:
+        """Whether the VMM was there and has ended."""
+        return self._process is not None and self._process.has_ended()
 
     def kill(self) -> bool:
         """End it at once, or before it is spawned. False if it had ended by itself."""
@@ -55,34 +84,66 @@ class Run:
         self._killing.set()
         return True
 
-    async def spawn(self, launch: Launch, timeout: float) -> bool:
-        """Start the VMM; `launch.console` is closed. False if it was killed before.
+    async def spawn(self, timeout: float, held: Callable[[], Awaitable[None]]) -> bool:
+        """Start the VMM. False if it was killed before.
 
-        Raises OSError, TimeoutError, or ValueError for a file that isn't what it was at Create.
+        held: awaited when the processes are there and not one of them has begun to run; they never
+        do if it fails. Raises OSError, TimeoutError, or ValueError for a file that isn't what it
+        was at Create.
         """
-        try:
-            self._command = await self._prepare(launch, timeout)
-            if self._command is None:
-                return False
-            with contextlib.closing(self._command):
-                for helper in self._command.helpers:
-                    self._helpers.append(Process.spawn(helper.argv, helper.inherit))
-                self._process = Process.spawn(self._command.argv, self._command.inherit)
-                return True
-        finally:
-            os.close(launch.console)
+        command = await self._prepare(timeout)
+        if command is None:
+            return False
+        with contextlib.closing(command):
+            for number, helper in enumerate(command.helpers, 1):
+                self._helpers.append(
+                    Process.spawn(helper.argv, helper.inherit, self._stderr(number))
+                )
+            self._process = Process.spawn(command.argv, command.inherit, self._stderr(0))
+        await held()
+        for process in (*self._helpers, self._process):
+            process.release()
+        return True
 
-    async def _prepare(self, launch: Launch, timeout: float) -> Command | None:
+    def adopt(self, traces: Sequence[Trace], pidfd: int | None) -> bool:
+        """Take up what another of us spawned. False if nothing is left of the VMM.
+
+        pidfd: a descriptor of the VMM, where one was kept; ours from now on.
+        """
+        self._adopted = True
+        for number, trace in enumerate(traces):
+            kept = None if number else pidfd
+            process = Process.find(trace.pid, trace.began, self._stderr(number), kept)
+            if number == 0:
+                self._process = process
+            elif process is not None:
+                self._helpers.append(process)
+        return self._process is not None
+
+    def let_go(self) -> None:
+        """Watch no more of it; what runs goes on."""
+        for process in (*self._helpers, *([self._process] if self._process else [])):
+            process.let_go()
+
+    def _stderr(self, number: int) -> Path:
+        return self._launch.directory / f"stderr.{number}"
+
+    async def _prepare(self, timeout: float) -> Command | None:
         """Make the command, unless the run is killed before.
 
         In a thread, since files may have to be copied, from wherever they are. One that hangs there
         is left behind: what it makes, if it ever does, is closed at once.
         """
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._driver.prepare, launch))
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._driver.prepare, self._launch))
         killing = asyncio.ensure_future(self._killing.wait())
         either: set[asyncio.Future[Any]] = {preparing, killing}
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        killing.cancel()
+        try:
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(_close_command)
+            raise
+        finally:
+            killing.cancel()
         if preparing.done() and not self._killing.is_set():
             return preparing.result()
         preparing.add_done_callback(_close_command)
@@ -90,20 +151,26 @@ class Run:
             return None
         raise TimeoutError(f"its files could not be made ready in {timeout:g} s")
 
-    async def until_it_answers(self, timeout: float) -> str:
-        """Wait for the first answer, or the end. Returns why neither came, once it is killed."""
-        assert self._command is not None
+    async def until_it_answers(self, timeout: float | None) -> str:
+        """Wait for the first answer, or the end. Returns why neither came, once it is killed.
+
+        timeout: in seconds; None: a VMM that runs already may take as long as it likes.
+        """
         assert self._process is not None
-        answer = asyncio.ensure_future(self._command.connect())
-        either: set[asyncio.Future[object]] = {answer, self._process.exited}  # type: ignore[arg-type]
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if self._process.exited.done():
-            # What it answered before it ended may not have been read yet.
-            await asyncio.wait({answer}, timeout=_GRACE)
-        if not answer.done():
-            answer.cancel()
-            await asyncio.wait({answer})
-            return f"did not answer in {timeout:g} s" if self.kill() else ""
+        answer = asyncio.ensure_future(self._driver.connect(self._launch))
+        either: set[asyncio.Future[Any]] = {answer, self._process.exited}
+        try:
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._process.exited.done():
+                # What it answered before it ended may not have been read yet.
+                await asyncio.wait({answer}, timeout=_GRACE)
+        finally:
+            unanswered = not answer.done()
+            if unanswered:
+                answer.cancel()
+                await asyncio.wait({answer})
+        if unanswered:
+            return f"did not answer in {timeout or 0:g} s" if self.kill() else ""
         # A connection may also give itself up, without having been told to.
         failure = asyncio.CancelledError() if answer.cancelled() else answer.exception()
         if failure is None:
@@ -113,15 +180,19 @@ class Run:
             log.error("connecting to %s failed", self._driver.name, exc_info=failure)
         # A VMM hangs up before it ends, and its own last words are better than ours.
         await asyncio.wait({self._process.exited}, timeout=_GRACE)
-        self.kill()
+        if timeout is not None:
+            self.kill()
         return str(failure) if isinstance(failure, VMBusError) else "internal error"
 
     async def ends(self) -> Ending:
         """Wait for the end of it all."""
-        if self._process is None:
-            status = -signal.SIGKILL if self._killing.is_set() else NOT_EXECUTED
+        status: int | None
+        if self._process is not None:
+            status = await asyncio.shield(self._process.exited)
+        elif self._adopted:
+            status = None
         else:
-            status = await self._process.exited
+            status = -signal.SIGKILL if self._killing.is_set() else NOT_EXECUTED
         for helper in self._helpers:
             helper.kill()
         if self._helpers:
@@ -133,7 +204,8 @@ class Run:
                 told = await self.control.aclose()
             stderr = self._process.stderr_tail() if self._process is not None else ""
             words = self._driver.last_words(stderr) or self._words_of_helpers()
-            told = told or self._driver.told_by(status, stderr)
+            if status is not None:
+                told = told or self._driver.told_by(status, stderr)
         except Exception:
             # However a driver fails, its VM is dead and has to be told so.
             log.exception("the end of a VM could not be asked for")

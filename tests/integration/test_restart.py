@@ -1,0 +1,441 @@
+"""VMs outlive the service, and each death is told once, by whichever service learns of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import (
+    CROSVM,
+    DEADLINE,
+    ERROR,
+    GONE,
+    MANAGER,
+    MANAGER_PATH,
+    Client,
+    Rig,
+    Service,
+    client,
+    guest,
+    refused,
+)
+from vmbus.bus.connection import RemoteError
+from vmbus.vmm import pidfd as processes
+
+
+@pytest.fixture
+def mortal(rig: Rig) -> Iterator[Service]:
+    """A service of this test's own, to be killed and started anew."""
+    service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
+    yield service
+    service.close()
+
+
+@pytest.fixture
+async def listener(mortal: Service) -> AsyncIterator[Client]:
+    """A client that stays on the bus, whatever becomes of the service."""
+    async with client(mortal.rig) as connected:
+        await connected.listen()
+        yield connected
+
+
+async def _running(bus: Client, kernel: Path, **config: Any) -> str:
+    path = await bus.create(kernel=str(kernel), **config)
+    await bus.vm(path, "Start")
+    return path
+
+
+def _deaths(bus: Client) -> Counter[str]:
+    return Counter(m.path or "" for m in bus.signals if m.member == "Died")
+
+
+def _until_ended(pid: int) -> None:
+    """Wait for the end of a process that isn't ours."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            assert select.select([fd], [], [], DEADLINE)[0]
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM"])
+async def test_vm_outlives_the_service_and_is_found_again(
+    listener: Client, mortal: Service, tmp_path: Path, end: str
+) -> None:
+    """Whatever is known of a VM is known to the next service, which can do all with it."""
+    path = await _running(listener, guest(tmp_path), name="survivor")
+    before = await listener.get_all(path)
+    mortal.process.send_signal(signal.Signals[end])
+    mortal.process.wait(DEADLINE)
+    assert processes.find(*mortal.traces()[0]) is not None
+    mortal.start()
+    assert await listener.get_all(path) == before
+    assert await listener.call(MANAGER_PATH, MANAGER, "GetVM", "s", ["survivor"]) == [path]
+    await listener.vm(path, "Suspend")
+    await listener.vm(path, "Resume")
+    await listener.vm(path, "Stop", "t", 0)
+    assert (await listener.died(path))[1:] == ["stopped", 0]
+    assert await listener.vm(path, "Wait") == ["stopped", 0]
+    await listener.vm(path, "Remove")
+    assert not list((mortal.runtime / "vm").glob("[0-9]*"))
+    assert _deaths(listener) == {path: 1}
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason", "status"),
+    [
+        ({"exit": 0}, "unknown", 0),
+        ({"exit": 32}, "unknown", 0),
+    ],
+)
+async def test_death_while_the_service_is_away_is_told_by_the_next(
+    listener: Client,
+    mortal: Service,
+    tmp_path: Path,
+    ending: dict[str, int],
+    reason: str,
+    status: int,
+) -> None:
+    """Nobody watched, and nothing of the process is left that could be asked."""
+    path = await _running(listener, guest(tmp_path, then={**ending, "after": 0.3}))
+    ((pid, _),) = mortal.traces()
+    mortal.crash()
+    _until_ended(pid)
+    _until_reaped(pid)
+    mortal.start()
+    assert (await listener.died(path))[1:] == [reason, status]
+    assert await listener.get(path, "State") == "dead"
+    assert "away" in await listener.get(path, "LastWords")
+    mortal.crash()
+    mortal.start()
+    assert await listener.vm(path, "Wait") == [reason, status]
+    assert _deaths(listener) == {path: 1}
+
+
+def _until_reaped(pid: int) -> None:
+    """PID 1 may take its time to reap what it inherited."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(fd, 0)  # the kernel says POLLHUP, unasked, when it is reaped
+            assert poll.poll(DEADLINE * 1000)
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason", "status"),
+    [
+        ({"exit": 0}, "shutdown", 0),
+        ({"exit": 32}, "reboot", 32),
+        ({"exit": 34}, "guest-panic", 34),
+        ({"signal": signal.SIGABRT}, "crash", -signal.SIGABRT),
+        ({"signal": signal.SIGKILL}, "signal", -signal.SIGKILL),
+    ],
+)
+async def test_death_of_an_adopted_vm_has_its_true_reason(
+    listener: Client,
+    mortal: Service,
+    tmp_path: Path,
+    ending: dict[str, int],
+    reason: str,
+    status: int,
+) -> None:
+    """The VMM is no child of the service any more, and still the kernel tells how it ended."""
+    kernel = guest(tmp_path, on={"SuspendVcpus": ending})
+    path = await _running(listener, kernel)
+    mortal.crash()
+    mortal.start()
+    with contextlib.suppress(RemoteError):
+        await listener.vm(path, "Suspend")
+    assert (await listener.died(path))[1:] == [reason, status]
+
+
+async def test_stop_goes_on_under_the_next_service(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """What a Stop was asked for is known, and so is how much time it has left."""
+    deaf = {"ignore": True}
+    path = await _running(listener, guest(tmp_path, on={"Powerbtn": deaf, "Exit": deaf}))
+    stopping = asyncio.create_task(listener.vm(path, "Stop", "t", 1_500_000))
+    await listener.until_state(path, "stopping")
+    mortal.crash()
+    with pytest.raises(RemoteError):
+        await stopping
+    mortal.start()
+    assert await listener.get(path, "State") == "stopping"
+    assert (await listener.died(path))[1:] == ["killed", -signal.SIGKILL]
+
+
+async def test_start_goes_on_under_the_next_service(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """A VMM that was spawned, but hadn't answered, may still come to run."""
+    path = await listener.create(kernel=str(guest(tmp_path, boot={"delay": 1.0})))
+    starting = asyncio.create_task(listener.vm(path, "Start"))
+    await listener.until(lambda m: m.path == path and _says(m, "Pid"))
+    mortal.crash()
+    with pytest.raises(RemoteError):
+        await starting
+    mortal.start()
+    await listener.until(lambda m: m.path == path and _says(m, "StartedTimestamp"))
+    assert await listener.get(path, "State") == "running"
+    await listener.vm(path, "Kill")
+    assert (await listener.died(path))[1] == "killed"
+
+
+def _says(message: Any, name: str) -> bool:
+    return message.member == "PropertiesChanged" and name in message.body[1]
+
+
+@pytest.mark.parametrize("state", ["suspended", "running"])
+async def test_vcpus_are_as_the_state_says(
+    listener: Client, mortal: Service, tmp_path: Path, state: str
+) -> None:
+    """A suspended VM is found suspended, and can be resumed."""
+    path = await _running(listener, guest(tmp_path))
+    await listener.vm(path, "Suspend")
+    if state == "running":
+        await listener.vm(path, "Resume")
+    mortal.crash()
+    mortal.start()
+    assert await listener.get(path, "State") == state
+    await listener.vm(path, "Resume" if state == "suspended" else "Suspend")
+
+
+async def test_ids_and_cids_go_on_where_they_stopped(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """An id is never given twice, though the VM that had it is gone with its files."""
+    kernel = str(guest(tmp_path))
+    first = await listener.create(kernel=kernel)
+    cid = await listener.get(first, "CID")
+    await listener.vm(first, "Remove")
+    mortal.crash()
+    mortal.start()
+    second = await listener.create(kernel=kernel)
+    assert [first, second] == ["/org/vmbus1/vm/1", "/org/vmbus1/vm/2"]
+    assert await listener.get(second, "CID") == cid + 1
+
+
+async def test_vm_that_was_not_started_says_what_it_lost(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """Descriptors end with a service that has no place to keep them; the VM can't be started."""
+    path = await listener.create(kernel=str(guest(tmp_path)), name="late")
+    mortal.crash()
+    mortal.start()
+    assert await listener.get(path, "State") == "not-started"
+    async with refused(f"{ERROR}StartFailed") as texts:
+        await listener.vm(path, "Start")
+    assert "is not open any more, since the service was restarted" in texts[0]
+    assert (await listener.died(path))[1] == "start-failed"
+
+
+async def test_requester_that_left_meanwhile_takes_its_vm_along(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """kill_on_disconnect holds across services: for who left while there was none, and later."""
+    kernel = guest(tmp_path)
+    async with client(mortal.rig) as stays:
+        async with client(mortal.rig) as leaves:
+            gone = await _running(leaves, kernel, kill_on_disconnect=True)
+            there = await _running(stays, kernel, kill_on_disconnect=True)
+            mortal.crash()
+        mortal.start()
+        assert (await listener.died(gone))[1] == "requester-gone"
+        assert await listener.get(there, "State") == "running"
+    assert (await listener.died(there))[1] == "requester-gone"
+
+
+async def test_console_is_taken_up_again(listener: Client, mortal: Service, tmp_path: Path) -> None:
+    """What the guest prints while nobody reads comes into the log later, as far as it is kept."""
+    path = await _running(listener, guest(tmp_path, console="before\n", echo=True))
+    mortal.crash()
+    mortal.start()
+    (stream,) = await listener.vm(path, "OpenConsole")
+    try:
+        os.write(stream, b"after\n")
+        assert select.select([stream], [], [], DEADLINE)[0]
+        assert os.read(stream, 100) == b"after\n"
+    finally:
+        os.close(stream)
+    (log,) = await listener.vm(path, "OpenLog")
+    with open(log, "rb") as file:
+        assert file.read() == b"before\nafter\n"
+
+
+async def test_output_that_was_lost_is_missed_in_the_log(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """A guest that prints more than can be kept for it runs on, and its log says so."""
+    kernel = guest(tmp_path, boot={"delay": 0.5}, console=f"{'x' * 99}\n" * 1500)
+    path = await listener.create(kernel=str(kernel))
+    starting = asyncio.create_task(listener.vm(path, "Start"))
+    await listener.until(lambda m: m.path == path and _says(m, "Pid"))
+    mortal.crash()
+    with pytest.raises(RemoteError):
+        await starting
+    fifo = mortal.runtime / "vm" / path.rpartition("/")[2] / "tmp" / "console.out"
+    _until_full(fifo)
+    mortal.start()
+    await listener.vm(path, "Kill")
+    (log,) = await listener.vm(path, "OpenLog")
+    with open(log, "rb") as file:
+        assert b"some of the output was lost" in file.read()
+
+
+def _until_full(fifo: Path) -> None:
+    fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        for _ in range(int(DEADLINE * 1000)):
+            if not poll.poll(0):
+                return
+            os.sched_yield()
+            select.select([], [], [], 0.001)
+        raise AssertionError("the guest does not print")
+    finally:
+        os.close(fd)
+
+
+async def test_bus_that_goes_away_takes_no_vm_along(rig: Rig, tmp_path: Path) -> None:
+    """The service ends with an error, for who started it to start it anew; the VM runs on."""
+    bus = Rig(system=False)
+    service = Service(bus, {"crosvm": str(CROSVM), "kvm": "on"})
+    async with client(bus) as caller:
+        await _running(caller, guest(tmp_path))
+    traces = service.traces()
+    bus.kill_bus()
+    assert service.process.wait(DEADLINE) == 1
+    assert service.traces() == traces and len(traces) == 1
+    service.close()
+    bus.services.clear()
+    bus.close()
+
+
+async def test_stop_all_ends_every_vm_for_the_hosts_sake(
+    listener: Client, mortal: Service, tmp_path: Path
+) -> None:
+    """All at once, each in good order, and the service goes on."""
+    paths = [await _running(listener, guest(tmp_path)) for _ in range(3)]
+    await listener.call(MANAGER_PATH, MANAGER, "StopAll", "t", [0])
+    for path in paths:
+        assert (await listener.died(path))[1:] == ["host-shutdown", 0]
+    await _running(listener, guest(tmp_path))
+
+
+# The worst moments
+
+LIVES: dict[str, dict[str, Any]] = {
+    "stopped": {},
+    "ended": {"on": {"SuspendVcpus": {"exit": 0}}},
+    "not started": {"boot": {"error": "no"}},
+    "killed": {"on": {"Powerbtn": {"ignore": True}}},
+}
+
+
+async def _live(bus: Client, kernel: Path, how: str) -> None:
+    path = await bus.create(kernel=str(kernel))
+    if how == "not started":
+        async with refused(f"{ERROR}StartFailed"):
+            await bus.vm(path, "Start")
+    else:
+        await bus.vm(path, "Start")
+    if how == "stopped":
+        await bus.vm(path, "Suspend")
+        await bus.vm(path, "Resume")
+        await bus.vm(path, "Stop", "t", 0)
+    elif how == "killed":
+        await bus.vm(path, "Kill")
+    elif how == "ended":
+        async with refused(f"{ERROR}ControlFailed"):
+            await bus.vm(path, "Suspend")
+    await bus.vm(path, "Wait")
+    await bus.vm(path, "Remove")
+
+
+async def _settle(bus: Client, service: Service) -> None:
+    """Bring what the last service left to its end, and see that nothing is left of it."""
+    (rows,) = await bus.call(MANAGER_PATH, MANAGER, "List")
+    known = {pid for pid, _ in service.traces()}
+    for _, _, state, _, _, path in rows:
+        assert state in ("not-started", "starting", "running", "suspended", "stopping") or (
+            await bus.get(path, "DeathReason")
+        )
+        await bus.vm(path, "Kill")
+        if state != "not-started":
+            await bus.vm(path, "Wait")
+        await bus.vm(path, "Remove")
+    left = {each.name for each in (service.runtime / "vm").iterdir()}
+    assert left == {"counters.json"}
+    for pid in known:
+        _until_ended(pid)
+    assert not _vmms(service)
+
+
+def _vmms(service: Service) -> list[int]:
+    """Processes that have to do with this service's directory, or wait to be released."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != service.process.pid:
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                if str(service.runtime).encode() in command and b"crosvm" in command:
+                    found.append(int(entry.name))
+    return found
+
+
+def _attempted(bus: Client) -> set[str]:
+    """VMs of which it was told that their Start was attempted."""
+    return {
+        m.path or ""
+        for m in bus.signals
+        if m.member == "PropertiesChanged"
+        and m.body[0] == "org.vmbus1.VirtualMachine"
+        and "State" in m.body[1]
+    }
+
+
+@pytest.mark.parametrize("how", LIVES)
+async def test_every_moment_is_a_good_one_to_be_killed_in(
+    listener: Client, mortal: Service, tmp_path: Path, how: str
+) -> None:
+    """Whatever the service was doing, the next one knows every VM, and tells every death once."""
+    kernel = guest(tmp_path, **LIVES[how])
+    steps = tmp_path / "steps"
+    dying = Path(__file__).parent.parent / "fakes" / "dying_vmbusd.py"
+    mortal.crash()
+    moment = 0
+    while mortal.process.poll() is not None:
+        moment += 1
+        listener.signals.clear()
+        mortal.start(dying, VMBUS_DIES_AT=str(moment), VMBUS_STEPS=str(steps))
+        try:
+            await _live(listener, kernel, how)
+            break  # the whole life is through, and there was no such moment in it
+        except RemoteError as error:
+            assert error.name in GONE, error
+        mortal.process.wait(DEADLINE)
+        last = steps.read_text().splitlines()[-1]
+        mortal.start()
+        await _settle(listener, mortal)
+        deaths = _deaths(listener)
+        assert set(deaths.values()) <= {1}, f"killed at {last}: {deaths}"
+        assert set(deaths) == _attempted(listener), f"killed at {last}"
+        mortal.crash()
+    reached = steps.read_text()
+    for name in ("save", "spawn", "release", "died", "told", "delete", "_flush"):
+        assert (f"before {name}" in reached and f"after {name}" in reached) or how == "not started"
