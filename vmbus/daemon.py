@@ -76,6 +76,7 @@ async def _serve_on(
     try:
         await _first_of(told, connection)
     finally:
+        gate.end_asking()
         await registry.shutdown()
         finding.cancel()
         await asyncio.wait({finding})

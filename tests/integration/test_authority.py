@@ -29,6 +29,7 @@ from tests.rig import (
     guest,
     refused,
 )
+from vmbus import daemon
 from vmbus.bus import authority
 from vmbus.bus.authority import Access, Request
 from vmbus.bus.connection import RemoteError
@@ -382,8 +383,9 @@ async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Place, root: C
         (mine,) = [request for request in desktop.requests if f"“{name}”" in request.message]
         await owner.vm(path, "Remove")
         await desktop.gave_up(mine)
-        async with refused(DENIED):
+        async with refused(DENIED) as texts:
             await calls[0]
+        assert texts == ["the VM was removed before polkit had decided"]
         assert not calls[1].done()
         desktop.close_all(Answer.GRANT)
         assert await calls[1] == []
@@ -454,6 +456,7 @@ async def test_a_polkit_that_hangs_holds_up_nothing_else(ours: Place) -> None:
 
 
 async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
+    """Neither the user at the dialog, nor who waits for a VM's death, is waited for."""
     async with (
         caller(ours.rig, OWNER) as owner,
         caller(ours.rig, OTHER, interactive=True) as other,
@@ -462,12 +465,16 @@ async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
         path = await ours.given(owner)
         starting = asyncio.create_task(other.vm(path, "Start"))
         request = await desktop.asked()
-        ours.service.process.terminate()
-        await desktop.gave_up(request)
-        async with refused(STANDARD_ERROR + "Failed") as texts:
-            await starting
-        assert "shutting down" in texts[0]
-        assert await asyncio.to_thread(ours.service.process.wait, 10) == 0
+        waiting = asyncio.create_task(other.vm(path, "Wait"))
+        await other.get(path, "State")
+        async with asyncio.timeout(daemon._LAST_ANSWERS):
+            ours.service.process.terminate()
+            await desktop.gave_up(request)
+            for call in (starting, waiting):
+                async with refused(STANDARD_ERROR + "Failed") as texts:
+                    await call
+                assert texts == ["the service is shutting down"]
+            assert await asyncio.to_thread(ours.service.process.wait, 10) == 0
 
 
 async def test_polkit_can_vanish_and_come_back(ours: Place) -> None:

@@ -139,7 +139,8 @@ class Polkit:
             await asyncio.wait(whichever, return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
                 return _answer(asking.result())
-            raise AccessDenied("the caller or the VM went away before polkit had decided")
+            gone = "the caller has left the bus" if request.gone.done() else "the VM was removed"
+            raise AccessDenied(f"{gone} before polkit had decided")
         finally:
             if not asking.done():
                 asking.cancel()

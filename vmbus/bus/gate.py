@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from ..errors import (
@@ -19,8 +20,10 @@ from ..errors import (
     UnknownObject,
     VMBusError,
 )
+from ..model.identity import Requester
 from ..model.limits import Kind as Share
 from ..model.limits import Limits
+from ..model.machine import Machine
 from ..spec import NAME_PATTERN
 from .authority import Access, Authority, Request
 from .connection import Connection
@@ -33,6 +36,7 @@ from .wire import Flag, Kind, Message, WireError
 log = logging.getLogger(__name__)
 
 _MAX_ERROR_TEXT = 4000
+_ENDING = "the service is shutting down"
 
 
 class Gate:
@@ -51,8 +55,13 @@ class Gate:
         self._authority = authority
         self._peers = peers
         self._limits = limits
-        self._tasks: set[asyncio.Task[None]] = set()
+        #: What is under way, and where that is a Wait, for the death of which VM.
+        self._tasks: dict[asyncio.Task[None], Machine | None] = {}
         self._by_sender: Counter[str] = Counter()
+        #: Those of them whose user isn't known yet, or who are not authorized yet.
+        self._strangers: set[asyncio.Task[None]] = set()
+        self._undecided: set[asyncio.Task[None]] = set()
+        self._ending = False
         self._turns: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def handle(self, message: Message) -> None:
@@ -77,13 +86,28 @@ class Gate:
                 work = result
             else:
                 work = self._admit(message, method, call)
-            self._spawn(sender, message, types, work)
+            waits_for = call.vm if method.lasts else None
+            self._spawn(message, types, work, waits_for)
         except Exception as error:
             self._fail(message, error)
             _close(message.fds)
 
+    def end_asking(self) -> None:
+        """Ask nobody any more: calls that wait to be authorized are answered with an error."""
+        self._ending = True
+        for task in self._undecided:
+            task.cancel()
+
     async def aclose(self, timeout: float) -> None:
-        """Let the calls under way be answered for `timeout` seconds, then end them."""
+        """Let the calls under way be answered for `timeout` seconds, then end them.
+
+        Who waits for the death of a VM that lives is answered with an error at once.
+        """
+        # One that has only just come must begin first, or nobody would answer it.
+        await asyncio.sleep(0)
+        for task, vm in self._tasks.items():
+            if vm is not None and vm.reason is None:
+                task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout)
         for task in self._tasks:
@@ -119,49 +143,74 @@ class Gate:
     # Running it
 
     def _spawn(
-        self, sender: str, message: Message, types: MethodType, work: Coroutine[Any, Any, Reply]
+        self,
+        message: Message,
+        types: MethodType,
+        work: Coroutine[Any, Any, Reply],
+        waits_for: Machine | None,
     ) -> None:
         """Run a call in a task of its own. Raises LimitExceeded.
 
-        What is under way is bounded here, before it may be known whose it is.
+        What is under way is bounded here by connection, and by user as soon as that is known.
         """
+        sender = message.sender or ""
         limit = self._service.settings.limits.calls
-        if self._by_sender[sender] >= limit.per_user or len(self._tasks) >= limit.in_all:
+        stranger = self._peers.known(sender) is None
+        too_many = stranger and len(self._strangers) >= limit.in_all
+        if too_many or self._by_sender[sender] >= limit.per_user:
             work.close()
             raise LimitExceeded("there are too many calls under way; wait for some to be answered")
         self._by_sender[sender] += 1
         task = asyncio.create_task(self._finish(message, types, work))
-        self._tasks.add(task)
+        self._tasks[task] = waits_for
+        if stranger:
+            self._strangers.add(task)
         task.add_done_callback(functools.partial(self._ended, sender))
 
     def _ended(self, sender: str, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
+        self._strangers.discard(task)
         self._by_sender[sender] -= 1
         if not self._by_sender[sender]:
             del self._by_sender[sender]
+
+    @contextlib.asynccontextmanager
+    async def _on_account_of(self, sender: str) -> AsyncIterator[None]:
+        """A call is under way on its user's account. Raises AccessDenied or LimitExceeded."""
+        caller = await self._peers.identify(sender)
+        self._strangers.discard(_this_task())
+        lease = self._limits.take(Share.CALLS, caller.uid)
+        try:
+            yield
+        finally:
+            lease.release()
 
     async def _admit(self, message: Message, method: Method, call: Call) -> Reply:
         """Have a call authorized, then run it, in its turn among its sender's on that object."""
         before, mine = self._turn(message)
         try:
-            caller = await self._peers.identify(message.sender or "")
-            # Counted before anybody is asked, or those who let dialogs stand would shut others out.
-            lease = self._limits.take(Share.CALLS, caller.uid)
-            try:
-                call.caller = await self._authority.authorize(self._request(message, method, call))
-                if before is not None:
-                    await asyncio.wait({before})
-                if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
-                    raise UnknownObject(f"there is no object {call.path} any more")
-                result = method.run(call)
-                # Who comes next goes on when this has done what it does at once.
-                mine.set_result(None)
-                return await result if isinstance(result, Coroutine) else result
-            finally:
-                lease.release()
+            call.caller = await self._authorize(self._request(message, method, call))
+            if before is not None:
+                await asyncio.wait({before})
+            if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
+                raise UnknownObject(f"there is no object {call.path} any more")
+            result = method.run(call)
+            # Who comes next goes on when this has done what it does at once.
+            mine.set_result(None)
+            return await result if isinstance(result, Coroutine) else result
         finally:
             if not mine.done():
                 mine.set_result(None)
+
+    async def _authorize(self, request: Request) -> Requester:
+        if self._ending and request.interactive:
+            raise VMBusError(_ENDING)
+        task = _this_task()
+        self._undecided.add(task)
+        try:
+            return await self._authority.authorize(request)
+        finally:
+            self._undecided.discard(task)
 
     def _turn(self, message: Message) -> tuple[asyncio.Future[None] | None, asyncio.Future[None]]:
         """The call to wait for, and the one that others wait for.
@@ -192,15 +241,21 @@ class Gate:
             gone=call.gone,
         )
 
-    async def _finish(self, message: Message, types: MethodType, work: Awaitable[Reply]) -> None:
+    async def _finish(
+        self, message: Message, types: MethodType, work: Coroutine[Any, Any, Reply]
+    ) -> None:
         try:
-            self._reply(message, types, await work)
+            # Counted before anybody is asked, or those who let dialogs stand would shut others out.
+            async with self._on_account_of(message.sender or ""):
+                result = await work
+            self._reply(message, types, result)
         except asyncio.CancelledError:
-            self._fail(message, VMBusError("the service is shutting down"))
+            self._fail(message, VMBusError(_ENDING))
             raise
         except Exception as error:
             self._fail(message, error)
         finally:
+            work.close()
             _close(message.fds)
 
     # Answering
@@ -280,6 +335,12 @@ def _interface_of(message: Message, present: Sequence[str]) -> str:
 def _clean(text: str) -> str:
     """Text that any bus carries, whatever a caller had put into it."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()[:_MAX_ERROR_TEXT]
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _close(fds: Sequence[int]) -> None:
