@@ -24,6 +24,7 @@ from .bus.objects import Objects
 from .bus.peers import Peers
 from .model.limits import Limits
 from .model.registry import Registry
+from .privilege import Privileged, check_unprivileged, gain_none
 from .settings import Settings, SettingsError, load_settings
 from .vmm.host import Host
 
@@ -152,6 +153,7 @@ def _prepare_process() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.umask(0o077)
+    gain_none()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -166,7 +168,11 @@ def _prepare_process() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="State and sockets.  [default: /run/vmbus]",
 )
-@click.option("--allow-root", is_flag=True, help="Run as root on the system bus all the same.")
+@click.option(
+    "--allow-root",
+    is_flag=True,
+    help="Run with privileges on the system bus all the same.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log what is going on.")
 @click.version_option(__version__)
 def main(
@@ -179,11 +185,11 @@ def main(
         stream=sys.stderr,
     )
     try:
-        if os.geteuid() == 0 and not user and not allow_root:
-            raise Failure("it needs no privilege and won't run as root; start it as the user vmbus")
+        if not user and not allow_root:
+            check_unprivileged()
         _prepare_process()
         asyncio.run(serve(_settings(config), _runtime_directory(runtime_dir, user=user), user=user))
-    except (Failure, SettingsError) as error:
+    except (Failure, Privileged, SettingsError) as error:
         log.error("%s", error)
         sys.exit(1)
 
