@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from tests.polkit import AUTHORITY, Answer, Caller, Polkit, agent, caller, polkit
+from tests.polkit import (
+    AUTHORITY,
+    AUTHORITY_INTERFACE,
+    AUTHORITY_PATH,
+    Answer,
+    Caller,
+    Polkit,
+    agent,
+    caller,
+    polkit,
+)
 from tests.rig import (
     CROSVM,
     ERROR,
@@ -27,6 +37,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    plain,
     refused,
 )
 from vmbus import daemon
@@ -349,6 +360,49 @@ async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
         assert "“given-shop” of another user" in manage.message
         assert create.action == CREATE
         assert "create the virtual machine “mail”" in create.message
+
+
+async def test_a_vm_to_be_that_has_no_name_is_not_called_by_one(here: Place, root: Client) -> None:
+    async with (
+        caller(here.rig, OTHER, interactive=True) as other,
+        agent(here.rig, other, Answer.GRANT) as desktop,
+    ):
+        config = here.config("none")
+        del config["name"]
+        await other.create(**config)
+        (create,) = desktop.requests
+        assert create.message == "Authentication is required to create a virtual machine."
+
+
+async def test_the_dialog_is_in_the_language_of_who_is_asked(here: Place, root: Client) -> None:
+    async with (
+        caller(here.rig, OWNER) as owner,
+        caller(here.rig, OTHER, interactive=True) as other,
+        agent(here.rig, other, Answer.GRANT, "de_DE.UTF-8") as desktop,
+    ):
+        path = await owner.create(**here.config("given-laden"))
+        await other.vm(path, "Start")
+        config = here.config("none")
+        del config["name"]
+        await other.create(**config)
+        assert [each.message for each in desktop.requests] == [
+            "Zum Verwalten der virtuellen Maschine »given-laden« eines anderen Benutzers ist eine "
+            "Legitimierung nötig.",
+            "Zum Anlegen einer virtuellen Maschine ist eine Legitimierung nötig.",
+        ]
+
+
+async def test_every_text_of_the_actions_is_translated(here: Place, root: Client) -> None:
+    texts = {}
+    for locale in ("C", "de_DE.UTF-8"):
+        reply = await root.connection.call(
+            AUTHORITY, AUTHORITY_PATH, AUTHORITY_INTERFACE, "EnumerateActions", "s", [locale]
+        )
+        (rows,) = plain(reply.body)
+        ours = [row for row in rows if row[0] in (CREATE, OWN, MANAGE)]
+        texts[locale] = {text for row in ours for text in row[1:3]}
+    assert len(texts["C"]) == len(texts["de_DE.UTF-8"]) == 6
+    assert not texts["C"] & texts["de_DE.UTF-8"]
 
 
 # What happens while polkit has not decided
