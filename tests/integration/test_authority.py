@@ -40,6 +40,7 @@ from tests.rig import (
     plain,
     refused,
 )
+from tests.rig import ROOT as PROJECT
 from vmbus import daemon
 from vmbus.bus import authority
 from vmbus.bus.authority import Access, Request
@@ -344,6 +345,41 @@ async def test_a_rule_can_decide_by_verb_vm_and_requester(here: Place, root: Cli
         await owner.vm(database, "Remove")
         roots = await root.create(**here.config("given-db"))
         assert await attempt(other, roots, start) == INTERACTIVE
+
+
+def documented_rules(people: dict[str, str]) -> str:
+    """The rules in the documentation, with the names of users and groups that every host has."""
+    text = (PROJECT / "docs" / "authorization.md").read_text()
+    rules = "\n".join(re.findall("^```js$(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    for name, stand_in in people.items():
+        assert f'"{name}"' in rules
+        rules = rules.replace(f'"{name}"', f'"{stand_in}"')
+    return rules
+
+
+async def test_the_documented_rules_do_what_the_documentation_says(
+    here: Place, root: Client
+) -> None:
+    """Operators manage everything, and alice what bob made; nobody else does."""
+    people = {"vm-operators": "bin", "alice": "man", "1001": str(OWNER)}
+    here.polkitd.rules(GIVEN + documented_rules(people))
+    start, kill = DEATH
+    async with (
+        caller(here.rig, 2) as operator,
+        caller(here.rig, OTHER) as alice,
+        caller(here.rig, OWNER) as bob,
+        caller(here.rig, 1) as anybody,
+    ):
+        bobs, anybodys = await here.given(bob), await here.given(anybody)
+        assert await attempt(anybody, bobs, start) == INTERACTIVE
+        assert await attempt(alice, anybodys, start) == INTERACTIVE
+        assert await attempt(bob, anybodys, start) == INTERACTIVE
+        assert await attempt(alice, bobs, start) == DONE
+        assert await attempt(operator, bobs, kill) == DONE
+        assert await attempt(operator, anybodys, start) == DONE
+        assert await create(here, root, operator) == DONE
+        for each in (alice, bob, anybody):
+            assert await create(here, root, each) == INTERACTIVE
 
 
 async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
