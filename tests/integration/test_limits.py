@@ -110,6 +110,11 @@ async def test_calls(tight: tuple[Client, Service], tmp_path: Path) -> None:
         for wait in waits:
             wait.cancel()
         await asyncio.wait(waits)
+        name = other.connection.unique_name
+        await bus.listen(f"type='signal',member='NameOwnerChanged',arg0='{name}'")
+    await bus.until(lambda m: m.member == "NameOwnerChanged" and m.body[0] == name)
+    # When this is answered the service has heard of it, too.
+    await bus.get(path, "State")
     await bus.vm(path, "Start")
     await bus.vm(path, "Kill")
     await bus.vm(path, "Remove")
