@@ -32,6 +32,7 @@ _IN_A_NAMESPACE = """
 mount --bind "$1" /usr/share/polkit-1/actions &&
 mount -t tmpfs none /usr/share/polkit-1/rules.d &&
 mount --bind "$2" /etc/polkit-1/rules.d &&
+mount --bind "$3" /usr/share/locale &&
 exec /usr/lib/polkit-1/polkitd
 """
 
@@ -51,7 +52,21 @@ class Polkit:
         for file in (ROOT / "data" / "polkit-1" / "actions").glob("*.policy"):
             shutil.copyfile(file, self.actions / file.name)
             (self.actions / file.name).chmod(0o644)
+        self.locales, self.catalogues = rig.directory / "locales", rig.directory / "catalogues"
+        self._translate("de", "de_DE.UTF-8")
         self._generation = 0
+
+    def _translate(self, language: str, locale: str) -> None:
+        """Make a locale, which but for its name is C.UTF-8, and the project's texts in it."""
+        directory = self.catalogues / language / "LC_MESSAGES"
+        catalogue = directory / "vmbus.mo"
+        directory.mkdir(parents=True)
+        texts = ROOT / "po" / f"{language}.po"
+        subprocess.run(["msgfmt", "--check", "-o", catalogue, texts], check=True, timeout=DEADLINE)
+        for each in (self.catalogues, directory.parent, directory, catalogue):
+            each.chmod(0o755)
+        self.locales.mkdir(mode=0o755)
+        (self.locales / locale).symlink_to("/usr/lib/locale/C.utf8")
 
     def start(self) -> None:
         """Start it, and wait until it owns its name."""
@@ -60,8 +75,8 @@ class Polkit:
         command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _IN_A_NAMESPACE, "sh"]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, self.actions, self.rules_directory],
-                env={**self.rig.environment, "LC_ALL": "C.UTF-8"},
+                [*command, self.actions, self.rules_directory, self.catalogues],
+                env={**self.rig.environment, "LC_ALL": "C.UTF-8", "LOCPATH": str(self.locales)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -236,9 +251,12 @@ class Request:
 class Agent:
     """An authentication agent, as a desktop has one. `answer` is for every dialog to come."""
 
-    def __init__(self, connection: Connection, subject: list[Any], answer: Answer | None) -> None:
+    def __init__(
+        self, connection: Connection, subject: list[Any], answer: Answer | None, locale: str
+    ) -> None:
         self.connection = connection
         self.subject = subject
+        self.locale = locale
         #: None: the dialog stays open until `close_all`, or until polkit cancels it.
         self.answer = answer
         self.requests: list[Request] = []
@@ -250,7 +268,7 @@ class Agent:
 
     async def register(self) -> None:
         """Anew, too, after polkitd was started anew."""
-        body = [self.subject, "C", AGENT_PATH]
+        body = [self.subject, self.locale, AGENT_PATH]
         await self._authority("RegisterAuthenticationAgent", "(sa{sv})ss", body)
 
     async def asked(self, count: int = 1) -> Request:
@@ -324,9 +342,11 @@ class Agent:
 
 
 @contextlib.asynccontextmanager
-async def agent(rig: Rig, asker: Caller, answer: Answer | None = None) -> AsyncIterator[Agent]:
+async def agent(
+    rig: Rig, asker: Caller, answer: Answer | None = None, locale: str = "C"
+) -> AsyncIterator[Agent]:
     """An agent, run by root, for what `asker` wants. With no answer its dialogs stay open."""
-    found = Agent(await Connection.open(rig.address), asker.subject, answer)
+    found = Agent(await Connection.open(rig.address), asker.subject, answer, locale)
     async with contextlib.aclosing(found):
         await found.register()
         yield found

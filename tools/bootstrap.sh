@@ -10,6 +10,7 @@ packages=(
     dbus
     dbus-bin
     dbus-daemon
+    gettext        # msgfmt
     libglib2.0-bin # gdbus
     libxml2-utils  # xmllint
     polkitd

@@ -29,14 +29,13 @@ from .model.limits import Limits
 from .model.record import Store
 from .model.registry import Registry
 from .model.surroundings import Surroundings
+from .privilege import Privileged, check_unprivileged, gain_none
 from .settings import Settings, SettingsError, load_settings
 from .vmm.host import Host
 
 log = logging.getLogger("vmbusd")
 
 SETTINGS_FILE = Path("/etc/vmbus/vmbusd.toml")
-#: Seconds that callers get to have their answers when the service ends.
-_LAST_ANSWERS = 2.0
 _DO_NOT_QUEUE = 4
 _PRIMARY_OWNER = 1
 
@@ -89,7 +88,7 @@ async def _serve_on(
             await _first_of(told, connection)
         finally:
             registry.close()
-            await gate.aclose(_LAST_ANSWERS)
+            await gate.aclose()
             await registry.let_go()
             finding.cancel()
             await asyncio.wait({finding})
@@ -191,6 +190,7 @@ def _prepare_process() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.umask(0o077)
+    gain_none()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -205,7 +205,11 @@ def _prepare_process() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="State and sockets.  [default: /run/vmbus]",
 )
-@click.option("--allow-root", is_flag=True, help="Run as root on the system bus all the same.")
+@click.option(
+    "--allow-root",
+    is_flag=True,
+    help="Run with privileges on the system bus all the same.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log what is going on.")
 @click.version_option(__version__)
 def main(
@@ -218,11 +222,11 @@ def main(
         stream=sys.stderr,
     )
     try:
-        if os.geteuid() == 0 and not user and not allow_root:
-            raise Failure("it needs no privilege and won't run as root; start it as the user vmbus")
+        if not user and not allow_root:
+            check_unprivileged()
         _prepare_process()
         asyncio.run(serve(_settings(config), _runtime_directory(runtime_dir, user=user), user=user))
-    except (Failure, SettingsError) as error:
+    except (Failure, Privileged, SettingsError) as error:
         log.error("%s", error)
         sys.exit(1)
 

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from tests.polkit import AUTHORITY, Answer, Caller, Polkit, agent, caller, polkit
+from tests.polkit import (
+    AUTHORITY,
+    AUTHORITY_INTERFACE,
+    AUTHORITY_PATH,
+    Answer,
+    Caller,
+    Polkit,
+    agent,
+    caller,
+    polkit,
+)
 from tests.rig import (
     CROSVM,
     ERROR,
@@ -27,8 +37,11 @@ from tests.rig import (
     Service,
     client,
     guest,
+    plain,
     refused,
 )
+from tests.rig import ROOT as PROJECT
+from vmbus import daemon
 from vmbus.bus import authority
 from vmbus.bus.authority import Access, Request
 from vmbus.bus.connection import RemoteError
@@ -334,6 +347,41 @@ async def test_a_rule_can_decide_by_verb_vm_and_requester(here: Place, root: Cli
         assert await attempt(other, roots, start) == INTERACTIVE
 
 
+def documented_rules(people: dict[str, str]) -> str:
+    """The rules in the documentation, with the names of users and groups that every host has."""
+    text = (PROJECT / "docs" / "authorization.md").read_text()
+    rules = "\n".join(re.findall("^```js$(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    for name, stand_in in people.items():
+        assert f'"{name}"' in rules
+        rules = rules.replace(f'"{name}"', f'"{stand_in}"')
+    return rules
+
+
+async def test_the_documented_rules_do_what_the_documentation_says(
+    here: Place, root: Client
+) -> None:
+    """Operators manage everything, and alice what bob made; nobody else does."""
+    people = {"vm-operators": "bin", "alice": "man", "1001": str(OWNER)}
+    here.polkitd.rules(GIVEN + documented_rules(people))
+    start, kill = DEATH
+    async with (
+        caller(here.rig, 2) as operator,
+        caller(here.rig, OTHER) as alice,
+        caller(here.rig, OWNER) as bob,
+        caller(here.rig, 1) as anybody,
+    ):
+        bobs, anybodys = await here.given(bob), await here.given(anybody)
+        assert await attempt(anybody, bobs, start) == INTERACTIVE
+        assert await attempt(alice, anybodys, start) == INTERACTIVE
+        assert await attempt(bob, anybodys, start) == INTERACTIVE
+        assert await attempt(alice, bobs, start) == DONE
+        assert await attempt(operator, bobs, kill) == DONE
+        assert await attempt(operator, anybodys, start) == DONE
+        assert await create(here, root, operator) == DONE
+        for each in (alice, bob, anybody):
+            assert await create(here, root, each) == INTERACTIVE
+
+
 async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
     async with (
         caller(here.rig, OWNER) as owner,
@@ -348,6 +396,49 @@ async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
         assert "“given-shop” of another user" in manage.message
         assert create.action == CREATE
         assert "create the virtual machine “mail”" in create.message
+
+
+async def test_a_vm_to_be_that_has_no_name_is_not_called_by_one(here: Place, root: Client) -> None:
+    async with (
+        caller(here.rig, OTHER, interactive=True) as other,
+        agent(here.rig, other, Answer.GRANT) as desktop,
+    ):
+        config = here.config("none")
+        del config["name"]
+        await other.create(**config)
+        (create,) = desktop.requests
+        assert create.message == "Authentication is required to create a virtual machine."
+
+
+async def test_the_dialog_is_in_the_language_of_who_is_asked(here: Place, root: Client) -> None:
+    async with (
+        caller(here.rig, OWNER) as owner,
+        caller(here.rig, OTHER, interactive=True) as other,
+        agent(here.rig, other, Answer.GRANT, "de_DE.UTF-8") as desktop,
+    ):
+        path = await owner.create(**here.config("given-laden"))
+        await other.vm(path, "Start")
+        config = here.config("none")
+        del config["name"]
+        await other.create(**config)
+        assert [each.message for each in desktop.requests] == [
+            "Zum Verwalten der virtuellen Maschine »given-laden« eines anderen Benutzers ist eine "
+            "Legitimierung nötig.",
+            "Zum Anlegen einer virtuellen Maschine ist eine Legitimierung nötig.",
+        ]
+
+
+async def test_every_text_of_the_actions_is_translated(here: Place, root: Client) -> None:
+    texts = {}
+    for locale in ("C", "de_DE.UTF-8"):
+        reply = await root.connection.call(
+            AUTHORITY, AUTHORITY_PATH, AUTHORITY_INTERFACE, "EnumerateActions", "s", [locale]
+        )
+        (rows,) = plain(reply.body)
+        ours = [row for row in rows if row[0] in (CREATE, OWN, MANAGE)]
+        texts[locale] = {text for row in ours for text in row[1:3]}
+    assert len(texts["C"]) == len(texts["de_DE.UTF-8"]) == 6
+    assert not texts["C"] & texts["de_DE.UTF-8"]
 
 
 # What happens while polkit has not decided
@@ -382,8 +473,9 @@ async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Place, root: C
         (mine,) = [request for request in desktop.requests if f"“{name}”" in request.message]
         await owner.vm(path, "Remove")
         await desktop.gave_up(mine)
-        async with refused(DENIED):
+        async with refused(DENIED) as texts:
             await calls[0]
+        assert texts == ["the VM was removed before polkit had decided"]
         assert not calls[1].done()
         desktop.close_all(Answer.GRANT)
         assert await calls[1] == []
@@ -454,6 +546,7 @@ async def test_a_polkit_that_hangs_holds_up_nothing_else(ours: Place) -> None:
 
 
 async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
+    """Neither the user at the dialog, nor who waits for a VM's death, is waited for."""
     async with (
         caller(ours.rig, OWNER) as owner,
         caller(ours.rig, OTHER, interactive=True) as other,
@@ -462,12 +555,16 @@ async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
         path = await ours.given(owner)
         starting = asyncio.create_task(other.vm(path, "Start"))
         request = await desktop.asked()
-        ours.service.process.terminate()
-        await desktop.gave_up(request)
-        async with refused(STANDARD_ERROR + "Failed") as texts:
-            await starting
-        assert "shutting down" in texts[0]
-        assert await asyncio.to_thread(ours.service.process.wait, 10) == 0
+        waiting = asyncio.create_task(other.vm(path, "Wait"))
+        await other.get(path, "State")
+        async with asyncio.timeout(daemon._LAST_ANSWERS):
+            ours.service.process.terminate()
+            await desktop.gave_up(request)
+            for call in (starting, waiting):
+                async with refused(STANDARD_ERROR + "Failed") as texts:
+                    await call
+                assert texts == ["the service is shutting down"]
+            assert await asyncio.to_thread(ours.service.process.wait, 10) == 0
 
 
 async def test_polkit_can_vanish_and_come_back(ours: Place) -> None:

@@ -187,11 +187,49 @@ def test_root_may_not_run_the_service(system_service: Service) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_service_has_no_privilege(system_service: Service) -> None:
-    status = Path(f"/proc/{system_service.process.pid}/status").read_text()
-    sets = dict(line.split(":\t") for line in status.splitlines())
-    assert "0" not in sets["Uid"].split()
-    assert {int(sets[each], 16) for each in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        (
+            ["--inh-caps=+net_admin", "--ambient-caps=+net_admin"],
+            "effective, permitted, inheritable, ambient",
+        ),
+        (["--inh-caps=+net_admin"], "inheritable"),
+    ],
+)
+def test_the_service_may_not_run_with_capabilities(
+    system_service: Service, options: list[str], held: str
+) -> None:
+    argv = ["setpriv", "--reuid=vmbus", "--regid=vmbus", "--clear-groups", *options]
+    argv += [sys.executable, "-m", "vmbus.daemon", "--runtime-dir", "/nonexistent"]
+    done = system_service.rig.command(*argv)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"won't run with capabilities ({held}); start it without" in line
+    # What the line says helps: then it is but the name that can't be had.
+    command = argv.index(sys.executable)
+    argv[command:command] = ["setpriv", "--ambient-caps=-all", "--inh-caps=-all"]
+    assert "is owned by another process already" in system_service.rig.command(*argv).stderr
+
+
+def status(pid: int) -> dict[str, str]:
+    """A process' credentials and more, as the kernel tells them."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+async def test_neither_the_service_nor_a_vmm_has_or_gains_a_privilege(
+    root: Client, system_service: Service, kernel: Path
+) -> None:
+    path = await root.create(kernel=kernel)
+    await root.vm(path, "Start")
+    for pid in (system_service.process.pid, await root.get(path, "Pid")):
+        found = status(pid)
+        assert "0" not in found["Uid"].split()
+        sets = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+        assert {int(found[each], 16) for each in sets} == {0}
+        assert found["NoNewPrivs"] == "1"
+    await root.vm(path, "Kill")
 
 
 # What the bus itself keeps out, from root too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -270,6 +271,24 @@ def test_polkit_actions_name_the_service_as_their_owner() -> None:
         assert annotations == {"org.freedesktop.policykit.owner": "unix-user:vmbus"}
         assert action.findtext("description")
         assert action.findtext("message")
+
+
+def test_every_text_for_polkit_is_in_every_translation(tmp_path: Path) -> None:
+    template = tmp_path / "vmbus.pot"
+    argv = ["xgettext", "--from-code=UTF-8", "--keyword=_", "--files-from=po/POTFILES"]
+    subprocess.run([*argv, "-o", template], cwd=ROOT, check=True, timeout=20)
+    languages = (ROOT / "po" / "LINGUAS").read_text().split()
+    assert languages
+    for language in languages:
+        # It fails for a text that isn't there, or not translated.
+        done = subprocess.run(
+            ["msgcmp", ROOT / "po" / f"{language}.po", template],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 # Errors

@@ -24,6 +24,15 @@ POLKIT_PATH = "/org/freedesktop/PolicyKit1/Authority"
 POLKIT_AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 _CHECK = "(sa{sv})sa{ss}us"
 _ALLOW_INTERACTION = 1
+_TRANSLATIONS = "vmbus"
+
+
+def _(text: str) -> str:
+    """Mark a text for translators. polkit translates it, into the language of who is asked."""
+    return text
+
+
+_UNNAMED = _("Authentication is required to create a virtual machine.")
 
 
 class Access(enum.Enum):
@@ -110,6 +119,8 @@ class Polkit:
             "requester_uid": str(requester.uid),
             "requester_sid": requester.sid,
         }
+        if not request.name:
+            details |= {"polkit.message": _UNNAMED, "polkit.gettext_domain": _TRANSLATIONS}
         allowed, challenge = await self._ask(request, action, details)
         if allowed:
             return
@@ -139,7 +150,8 @@ class Polkit:
             await asyncio.wait(whichever, return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
                 return _answer(asking.result())
-            raise AccessDenied("the caller or the VM went away before polkit had decided")
+            gone = "the caller has left the bus" if request.gone.done() else "the VM was removed"
+            raise AccessDenied(f"{gone} before polkit had decided")
         finally:
             if not asking.done():
                 asking.cancel()

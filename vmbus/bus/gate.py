@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from ..errors import (
@@ -33,6 +34,7 @@ from .wire import Flag, Kind, Message, WireError
 log = logging.getLogger(__name__)
 
 _MAX_ERROR_TEXT = 4000
+_ENDING = "the service is shutting down"
 
 
 class Gate:
@@ -53,6 +55,9 @@ class Gate:
         self._limits = limits
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_sender: Counter[str] = Counter()
+        #: Those of them whose user isn't known yet.
+        self._strangers: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._turns: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def handle(self, message: Message) -> None:
@@ -62,6 +67,8 @@ class Gate:
             _close(message.fds)
             return
         try:
+            if self._closed:
+                raise VMBusError(_ENDING)
             method, types, call = self._resolve(message)
             sender = message.sender or ""
             if method.access is not Access.CREATE:
@@ -77,15 +84,19 @@ class Gate:
                 work = result
             else:
                 work = self._admit(message, method, call)
-            self._spawn(sender, message, types, work)
+            self._spawn(message, types, work)
         except Exception as error:
             self._fail(message, error)
             _close(message.fds)
 
-    async def aclose(self, timeout: float) -> None:
-        """Let the calls under way be answered for `timeout` seconds, then end them."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout)
+    async def aclose(self) -> None:
+        """Answer what is under way, and what still comes, with an error.
+
+        What was begun on a VM goes on, under the next service if need be.
+        """
+        self._closed = True
+        # One that has only just come must begin first, or nobody would answer it.
+        await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -119,46 +130,60 @@ class Gate:
     # Running it
 
     def _spawn(
-        self, sender: str, message: Message, types: MethodType, work: Coroutine[Any, Any, Reply]
+        self,
+        message: Message,
+        types: MethodType,
+        work: Coroutine[Any, Any, Reply],
     ) -> None:
         """Run a call in a task of its own. Raises LimitExceeded.
 
-        What is under way is bounded here, before it may be known whose it is.
+        What is under way is bounded here by connection, and by user as soon as that is known.
         """
+        sender = message.sender or ""
         limit = self._service.settings.limits.calls
-        if self._by_sender[sender] >= limit.per_user or len(self._tasks) >= limit.in_all:
+        stranger = self._peers.known(sender) is None
+        too_many = stranger and len(self._strangers) >= limit.in_all
+        if too_many or self._by_sender[sender] >= limit.per_user:
             work.close()
             raise LimitExceeded("there are too many calls under way; wait for some to be answered")
         self._by_sender[sender] += 1
         task = asyncio.create_task(self._finish(message, types, work))
         self._tasks.add(task)
+        if stranger:
+            self._strangers.add(task)
         task.add_done_callback(functools.partial(self._ended, sender))
 
     def _ended(self, sender: str, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._strangers.discard(task)
         self._by_sender[sender] -= 1
         if not self._by_sender[sender]:
             del self._by_sender[sender]
+
+    @contextlib.asynccontextmanager
+    async def _on_account_of(self, sender: str) -> AsyncIterator[None]:
+        """A call is under way on its user's account. Raises AccessDenied or LimitExceeded."""
+        caller = await self._peers.identify(sender)
+        self._strangers.discard(_this_task())
+        lease = self._limits.take(Share.CALLS, caller.uid)
+        try:
+            yield
+        finally:
+            lease.release()
 
     async def _admit(self, message: Message, method: Method, call: Call) -> Reply:
         """Have a call authorized, then run it, in its turn among its sender's on that object."""
         before, mine = self._turn(message)
         try:
-            caller = await self._peers.identify(message.sender or "")
-            # Counted before anybody is asked, or those who let dialogs stand would shut others out.
-            lease = self._limits.take(Share.CALLS, caller.uid)
-            try:
-                call.caller = await self._authority.authorize(self._request(message, method, call))
-                if before is not None:
-                    await asyncio.wait({before})
-                if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
-                    raise UnknownObject(f"there is no object {call.path} any more")
-                result = method.run(call)
-                # Who comes next goes on when this has done what it does at once.
-                mine.set_result(None)
-                return await result if isinstance(result, Coroutine) else result
-            finally:
-                lease.release()
+            call.caller = await self._authority.authorize(self._request(message, method, call))
+            if before is not None:
+                await asyncio.wait({before})
+            if call.vm is not None and self._service.objects.vm(call.path) is not call.vm:
+                raise UnknownObject(f"there is no object {call.path} any more")
+            result = method.run(call)
+            # Who comes next goes on when this has done what it does at once.
+            mine.set_result(None)
+            return await result if isinstance(result, Coroutine) else result
         finally:
             if not mine.done():
                 mine.set_result(None)
@@ -192,15 +217,21 @@ class Gate:
             gone=call.gone,
         )
 
-    async def _finish(self, message: Message, types: MethodType, work: Awaitable[Reply]) -> None:
+    async def _finish(
+        self, message: Message, types: MethodType, work: Coroutine[Any, Any, Reply]
+    ) -> None:
         try:
-            self._reply(message, types, await work)
+            # Counted before anybody is asked, or those who let dialogs stand would shut others out.
+            async with self._on_account_of(message.sender or ""):
+                result = await work
+            self._reply(message, types, result)
         except asyncio.CancelledError:
-            self._fail(message, VMBusError("the service is shutting down"))
+            self._fail(message, VMBusError(_ENDING))
             raise
         except Exception as error:
             self._fail(message, error)
         finally:
+            work.close()
             _close(message.fds)
 
     # Answering
@@ -280,6 +311,12 @@ def _interface_of(message: Message, present: Sequence[str]) -> str:
 def _clean(text: str) -> str:
     """Text that any bus carries, whatever a caller had put into it."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()[:_MAX_ERROR_TEXT]
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _close(fds: Sequence[int]) -> None:
