@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,8 @@ from vmbus.bus import authority
 
 ALL = [CREATE, OWN, MANAGE]
 START, KILL = DEATH
+TEXT = "the moon is in the wrong house"
+Babbling = Callable[[str, str], Awaitable[set[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,96 @@ async def test_a_polkit_that_vanishes_denies_what_it_was_asked_and_holds_up_nobo
             await other.vm(running, "Kill")
             await asyncio.gather(*ends)
             await here.given(owner)
+
+
+# Nonsense
+
+
+@pytest.fixture
+async def babbling(
+    here: Place, control: Control, root: Client, owner: Caller, other: Caller
+) -> AsyncIterator[Babbling]:
+    """Ask for all that polkit decides while it answers like that: gives what callers are told.
+
+    Nothing of it may be done, and all of it may be when polkit is itself again.
+    """
+    path = await here.given(owner)
+
+    async def ask(signature: str, code: str) -> set[str]:
+        await control.answer(signature, code)
+        before, fds = await everything(root, path), here.service.fds()
+        told = set()
+        for who in (owner, other):
+            for step in (*LIFE, *DEATH):
+                async with refused(DENIED) as texts:
+                    await who.vm(path, step.member, step.signature, *step.body)
+                told |= set(texts)
+            async with refused(DENIED) as texts:
+                await who.create(**here.config("given-none"))
+            told |= set(texts)
+        assert await everything(root, path) == before
+        assert here.service.fds() == fds
+        return told
+
+    yield ask
+    assert "Traceback" not in here.service.log.read_text()
+    await control.answer("(bba{ss})", "ret = (True, False, {})")
+    assert await attempt(owner, path, START) == DONE
+    assert await attempt(other, path, KILL) == DONE
+
+
+@pytest.mark.parametrize(
+    ("signature", "code"),
+    [
+        ("(bba{ss})b", "ret = ((True, False, {}), True)"),
+        ("b(bba{ss})", "ret = (True, (True, False, {}))"),
+        ("((bba{ss}))", "ret = ((True, False, {}),)"),
+        ("a(bba{ss})", "ret = [(True, False, {})]"),
+        ("(bv)", "ret = (True, True)"),
+        ("v", "ret = dbus.Struct((True, False, dbus.Dictionary({}, signature='ss')))"),
+    ],
+)
+async def test_what_only_looks_like_a_yes_is_none(
+    babbling: Babbling, signature: str, code: str
+) -> None:
+    told = await babbling(signature, code)
+    assert told == {"polkit answers something that can't be understood"}
+
+
+async def test_huge_details_of_a_no_leave_it_a_no(babbling: Babbling) -> None:
+    told = await babbling(
+        "(bba{ss})", "ret = (False, False, {str(n): 'x' * 1000 for n in range(1000)})"
+    )
+    assert all(text.startswith("polkit does not allow org.vmbus1.") for text in told)
+    assert max(map(len, told)) < 100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "org.freedesktop.PolicyKit1.Error.Failed",
+        "org.freedesktop.PolicyKit1.Error.NotAuthorized",
+        "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired",
+        "org.freedesktop.DBus.Error.UnknownMethod",
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.vmbus1.Error.InvalidState",
+        "a.b",
+        "a." + "b" * 253,
+    ],
+)
+async def test_whatever_error_polkit_answers_the_caller_is_denied(
+    babbling: Babbling, error: str
+) -> None:
+    told = await babbling("", f"raise dbus.exceptions.DBusException('{TEXT}', name='{error}')")
+    assert told == {f"polkit can't be asked: {TEXT}"}
+
+
+async def test_an_error_without_a_text_denies_too(babbling: Babbling) -> None:
+    told = await babbling("", "raise dbus.exceptions.DBusException(name='a.b')")
+    assert told == {"polkit can't be asked: "}
+
+
+async def test_an_error_with_a_text_of_any_length_is_told_in_short(babbling: Babbling) -> None:
+    (text,) = await babbling("", "raise dbus.exceptions.DBusException('x' * 10**6, name='a.b')")
+    assert text.startswith("polkit can't be asked: xxx")
+    assert len(text) <= 4000
