@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -34,6 +35,7 @@ from tests.permissions import (
 )
 from tests.rig import Client, Rig, Service, client, plain
 from vmbus.bus.connection import Connection
+from vmbus.bus.wire import Variant
 
 # As a bus says them: with a NUL behind them.
 STAFF, SHOP = b"staff_u:staff_r:staff_t:s0\0", b"user_u:user_r:shop_t:s0-s0:c0.c1023\0"
@@ -85,6 +87,17 @@ async def test_the_bus_with_labels_differs_in_labels_alone() -> None:
                 await behind.aclose()
     finally:
         rig.close()
+
+
+async def test_descriptors_pass_the_bus_with_labels_in_both_directions(
+    here: Ruled, root: Client
+) -> None:
+    with here.kernel.open() as file:
+        path = await root.create(kernel=Variant("h", 0), fds=[file.fileno()])
+    (log,) = await root.vm(path, "OpenLog")
+    with os.fdopen(log, "rb") as lent:
+        assert "console-log" in os.readlink(f"/proc/self/fd/{lent.fileno()}")
+    assert await attempt(root, path, DEATH[0]) == DONE
 
 
 # The matrix
