@@ -92,7 +92,9 @@ class Polkit:
     def _until_logged(self, text: str, seen: int, failure: str = r"\Z.") -> None:
         end = time.monotonic() + DEADLINE
         while text not in (said := self.log[seen:]):
-            assert self.process is not None and self.process.poll() is None, said
+            assert self.process is not None
+            ended = self.process.poll()
+            assert ended is None, f"polkitd ended with {ended}: {said}"
             assert not re.search(failure, said), said
             assert time.monotonic() < end, f"polkitd did not say '{text}': {said}"
             time.sleep(0.001)
