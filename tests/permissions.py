@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from tests.rig import (
 from tests.rig import (
     ROOT as PROJECT,
 )
+from vmbus.bus.authority import Access, Request
 from vmbus.bus.connection import RemoteError
 
 MIB = 1 << 20
@@ -350,3 +352,10 @@ async def try_everything(
         asked = (0 if own else len(LIFE) + len(DEATH)) + 1
         asks = world.interactive and not world.rule and who.uid != ROOT
         assert len(desktop.requests) == (asked if asks else 0)
+
+
+def request_of(who: Client) -> Request:
+    """To create a VM, without a dialog: what an authority of a test's own may be asked."""
+    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    sender = who.connection.unique_name
+    return Request(sender, Access.CREATE, "create", "web", None, interactive=False, gone=gone)

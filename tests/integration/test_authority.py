@@ -32,6 +32,7 @@ from tests.permissions import (
     everything,
     observer,
     place,
+    request_of,
     try_everything,
 )
 from tests.polkit import AUTHORITY, Answer, agent, caller, polkit
@@ -47,7 +48,6 @@ from tests.rig import (
     refused,
 )
 from vmbus.bus import authority
-from vmbus.bus.authority import Access, Request
 from vmbus.bus.peers import Peers
 from vmbus.bus.wire import Kind, Message, Variant
 from vmbus.errors import AccessDenied
@@ -291,12 +291,6 @@ async def test_polkit_can_vanish_and_come_back(ours: Ruled) -> None:
         assert await attempt(owner, path, DEATH[0]) == DONE
         desktop.answer = Answer.GRANT
         assert await attempt(other, path, DEATH[1]) == DONE
-
-
-def request_of(who: Client) -> Request:
-    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    sender = who.connection.unique_name
-    return Request(sender, Access.CREATE, "create", "web", None, interactive=False, gone=gone)
 
 
 async def test_without_a_dialog_a_polkit_that_hangs_denies_after_a_while(

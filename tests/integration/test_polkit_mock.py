@@ -23,10 +23,13 @@ from tests.permissions import (
     Place,
     attempt,
     everything,
+    request_of,
 )
 from tests.polkit import Caller, Control, Mock, caller, mock
 from tests.rig import MANAGER, MANAGER_PATH, Client, Rig, Service, client, refused
 from vmbus.bus import authority
+from vmbus.bus.peers import Peers
+from vmbus.errors import AccessDenied
 
 ALL = [CREATE, OWN, MANAGE]
 START, KILL = DEATH
@@ -253,6 +256,14 @@ async def babbling(
         ("((bba{ss}))", "ret = ((True, False, {}),)"),
         ("a(bba{ss})", "ret = [(True, False, {})]"),
         ("(bv)", "ret = (True, True)"),
+        ("(nba{ss})", "ret = (1, False, {})"),
+        ("(bba{sv})", "ret = (True, False, {'a': 'b'})"),
+        ("(bba{si})", "ret = (True, False, {'a': 1})"),
+        ("(bbs)", "ret = (True, False, '')"),
+        ("(bbb)", "ret = (True, False, False)"),
+        ("ab", "ret = [True, False, True]"),
+        ("h", "ret = dbus.types.UnixFd(0)"),
+        ("(bba{ss})h", "ret = ((True, False, {}), dbus.types.UnixFd(0))"),
         ("v", "ret = dbus.Struct((True, False, dbus.Dictionary({}, signature='ss')))"),
     ],
 )
@@ -296,7 +307,29 @@ async def test_an_error_without_a_text_denies_too(babbling: Babbling) -> None:
     assert told == {"polkit can't be asked: "}
 
 
-async def test_an_error_with_a_text_of_any_length_is_told_in_short(babbling: Babbling) -> None:
-    (text,) = await babbling("", "raise dbus.exceptions.DBusException('x' * 10**6, name='a.b')")
-    assert text.startswith("polkit can't be asked: xxx")
-    assert len(text) <= 4000
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("raise dbus.exceptions.DBusException('x' * 10**6, name='a.b')", "x" * 200),
+        # In Python an error's text is a traceback, and the last line says what is wrong.
+        ("raise ValueError('the moon is wrong')", "ValueError: the moon is wrong"),
+    ],
+)
+async def test_an_error_with_a_text_of_any_length_is_told_in_short(
+    babbling: Babbling, code: str, expected: str
+) -> None:
+    assert await babbling("", code) == {f"polkit can't be asked: {expected}"}
+
+
+async def test_a_check_that_takes_too_long_is_cancelled(
+    here: Place, control: Control, owner: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authority, "POLKIT_TIMEOUT", 0.1)
+    await control.tell("AddMethod", "sssss", "", "CancelCheckAuthorization", "s", "", "")
+    await control.tell("SimulateHang", "b", True)
+    async with client(here.rig) as service:
+        decides = authority.Polkit(service.connection, Peers(service.connection))
+        with pytest.raises(AccessDenied, match="did not answer within"):
+            await decides.authorize(request_of(owner))
+        question = await hangs(control, CREATE)
+        await control.called("CancelCheckAuthorization", lambda said: said == [question[4]])
