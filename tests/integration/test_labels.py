@@ -136,7 +136,8 @@ async def test_who_may_do_what(
         (STAFF[:-1], STAFF_SID),
         (b"unconfined\n\0", "unconfined\n"),
         ("/usr/bin/käse (enforce)\0".encode(), "/usr/bin/käse (enforce)"),
-        (b"staff\xff\xc3\0", "staff\ufffd\ufffd"),
+        (b"staff\xff\xc3\0", "staff\\xff\\xc3"),
+        (b"staff\0shop\0", "staff"),
         (b"x" * 4096 + b"\0", "x" * 4096),
         (b"\0", ""),
         (b"", ""),
@@ -287,3 +288,10 @@ async def test_a_rule_can_decide_who_creates_by_label(here: Ruled, root: Client)
     ):
         async with here.caller(who) as asking:
             assert await create(here, root, asking) == outcome
+
+
+async def test_labels_that_are_no_text_are_told_apart(here: Ruled, root: Client) -> None:
+    async with here.caller(Who(OWNER, b"\xfe\0")) as owner:
+        path = await here.given(owner)
+    async with here.caller(Who(OWNER, b"\xff\0")) as other:
+        assert await attempt(other, path, DEATH[0]) == INTERACTIVE
