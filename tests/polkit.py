@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vmbus.bus.wire import Flag, Kind, Message, Variant
 AUTHORITY = "org.freedesktop.PolicyKit1"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
 AUTHORITY_INTERFACE = "org.freedesktop.PolicyKit1.Authority"
+MOCK = "org.freedesktop.DBus.Mock"
 AGENT_PATH = "/org/vmbus1/test/Agent"
 
 # polkitd's directories are fixed when it is compiled. In a mount namespace of its own they can be
@@ -105,7 +107,9 @@ class Polkit:
     def _until_logged(self, text: str, seen: int, failure: str = r"\Z.") -> None:
         end = time.monotonic() + DEADLINE
         while text not in (said := self.log[seen:]):
-            assert self.process is not None and self.process.poll() is None, said
+            assert self.process is not None
+            ended = self.process.poll()
+            assert ended is None, f"polkitd ended with {ended}: {said}"
             assert not re.search(failure, said), said
             assert time.monotonic() < end, f"polkitd did not say '{text}': {said}"
             time.sleep(0.001)
@@ -135,6 +139,80 @@ def polkit(rig: Rig, rules: str | None = None) -> Iterator[Polkit]:
         running.rules(rules)
     try:
         running.start()
+        yield running
+    finally:
+        running.kill()
+
+
+class Mock:
+    """python-dbusmock's polkitd on a rig's bus: it knows actions only, and hangs as it is told."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        with (rig.directory / "dbusmock.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dbusmock", "--system", "--template", "polkitd"],
+                env=rig.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=rig.directory,
+                # The only one who may own the name.
+                user="polkitd",
+                group="polkitd",
+                extra_groups=[],
+            )
+        said = rig.gdbus("wait", "--timeout", f"{DEADLINE:.0f}", AUTHORITY)
+        assert not said, said
+
+    @contextlib.asynccontextmanager
+    async def control(self) -> AsyncIterator[Control]:
+        """Root, who tells it what to do and hears what it is called for."""
+        connection = await Connection.open(self.rig.address)
+        async with contextlib.aclosing(connection):
+            control = Control(connection)
+            await control.listen(f"type='signal',interface='{MOCK}'")
+            yield control
+
+    def kill(self) -> None:
+        """It dies, whatever it was asked."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Control(Client):
+    """Of a Mock. Its signals are the mock's, one for every call of a method of polkit's."""
+
+    async def tell(self, member: str, signature: str = "", *body: Any) -> None:
+        """Call a method of python-dbusmock, or of its template."""
+        await self.connection.call(AUTHORITY, AUTHORITY_PATH, MOCK, member, signature, body)
+
+    async def answer(self, signature: str, code: str) -> None:
+        """From now on it answers every question like that: `code` sets `ret`, or raises."""
+        await self.tell(
+            "AddMethod",
+            "sssss",
+            AUTHORITY_INTERFACE,
+            "CheckAuthorization",
+            "(sa{sv})sa{ss}us",
+            signature,
+            code,
+        )
+
+    async def called(self, member: str, wanted: Callable[[list[Any]], bool]) -> list[Any]:
+        """The arguments of the first call of this method, past or to come, that are wanted."""
+
+        def is_it(message: Message) -> bool:
+            name, arguments = plain(message.body)
+            return bool(name == member and wanted(arguments))
+
+        return list(plain((await self.until(is_it)).body)[1])
+
+
+@contextlib.contextmanager
+def mock(rig: Rig) -> Iterator[Mock]:
+    running = Mock(rig)
+    try:
         yield running
     finally:
         running.kill()

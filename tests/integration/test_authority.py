@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import pwd
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.permissions import (
+    CREATE,
+    DEATH,
+    DENIED,
+    DONE,
+    GIVEN,
+    INTERACTIVE,
+    LIFE,
+    MANAGE,
+    OTHER,
+    OWN,
+    OWNER,
+    ROOT,
+    WORLDS,
+    Ruled,
+    Who,
+    World,
+    attempt,
+    create,
+    everything,
+    observer,
+    place,
+    request_of,
+    try_everything,
+)
 from tests.polkit import (
     AUTHORITY,
     AUTHORITY_INTERFACE,
     AUTHORITY_PATH,
     Answer,
-    Caller,
-    Polkit,
     agent,
     caller,
     polkit,
 )
 from tests.rig import (
-    CROSVM,
+    DEADLINE,
     ERROR,
     MANAGER,
     MANAGER_PATH,
@@ -36,213 +57,36 @@ from tests.rig import (
     Rig,
     Service,
     client,
-    guest,
     plain,
     refused,
 )
 from tests.rig import ROOT as PROJECT
-from vmbus import daemon
 from vmbus.bus import authority
-from vmbus.bus.authority import Access, Request
-from vmbus.bus.connection import RemoteError
 from vmbus.bus.peers import Peers
 from vmbus.bus.wire import Kind, Message, Variant
 from vmbus.errors import AccessDenied
 
-MIB = 1 << 20
-ROOT, OWNER, OTHER = 0, 5, 6
-CREATE, OWN, MANAGE = "org.vmbus1.create", "org.vmbus1.manage-own", "org.vmbus1.manage"
-DONE = "done"
-DENIED = STANDARD_ERROR + "AccessDenied"
-INTERACTIVE = STANDARD_ERROR + "InteractiveAuthorizationRequired"
-#: VMs with such names may be made by anybody, so that there is something to try things on.
-GIVEN = """
-polkit.addRule(function(action, subject) {
-    if (action.lookup("verb") == "create" && action.lookup("vm").indexOf("given-") == 0)
-        return polkit.Result.YES;
-});
-"""
-numbers = itertools.count(1)
-
-
-class Place:
-    """A system bus with polkit, a service, and what VMs are made of."""
-
-    def __init__(self, rig: Rig, polkitd: Polkit) -> None:
-        self.rig = rig
-        self.polkitd = polkitd
-        self.images = rig.directory / "images"
-        self.images.mkdir()
-        settings = {"crosvm": str(CROSVM), "kvm": "on", "image_directories": [str(self.images)]}
-        self.service = Service(rig, settings, user="vmbus")
-        self.kernel = guest(self.images)
-
-    def config(self, name: str) -> dict[str, Any]:
-        disk = self.images / f"{name}.img"
-        disk.write_bytes(bytes(4096))
-        disk.chmod(0o666)
-        disks = [{"image": str(disk), "writable": True}]
-        return {"name": name, "kernel": str(self.kernel), "disks": disks}
-
-    async def given(self, owner: Client) -> str:
-        """A VM of this caller's."""
-        return await owner.create(**self.config(f"given-{next(numbers)}"))
-
-
-@contextlib.contextmanager
-def place() -> Iterator[Place]:
-    rig = Rig(system=True)
-    with polkit(rig, GIVEN) as polkitd:
-        try:
-            yield Place(rig, polkitd)
-        finally:
-            rig.close()
-
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Place]:
+def here() -> Iterator[Ruled]:
     with place() as made:
         yield made
 
 
 @pytest.fixture
-def service(here: Place) -> Service:
+def service(here: Ruled) -> Service:
     """For its log, where a test fails."""
     here.polkitd.rules(GIVEN)
     return here.service
 
 
 @pytest.fixture
-async def root(here: Place, service: Service) -> AsyncIterator[Client]:
-    """Root has heard every signal since the test began, and cleans up after it."""
-    async with client(here.rig) as connected:
-        await connected.listen()
-        yield connected
-        await clean(connected)
+async def root(here: Ruled, service: Service) -> AsyncIterator[Client]:
+    async with observer(here) as watching:
+        yield watching
 
 
-async def clean(root: Client) -> None:
-    (rows,) = await root.call(MANAGER_PATH, MANAGER, "List")
-    for row in rows:
-        await root.vm(row[-1], "Kill")
-        await root.vm(row[-1], "Remove")
-
-
-# The matrix
-
-
-@dataclass(frozen=True)
-class World:
-    """What decides where nothing is the caller's own, and what is decided then."""
-
-    name: str
-    outcome: str
-    rule: str = ""
-    agent: Answer | None = None
-    interactive: bool = False
-
-    @property
-    def rules(self) -> str:
-        if not self.rule:
-            return GIVEN
-        return f"""{GIVEN}
-            polkit.addRule(function(action, subject) {{
-                if (action.id == "{CREATE}" || action.id == "{MANAGE}")
-                    return polkit.Result.{self.rule};
-            }});
-        """
-
-
-WORLDS = [
-    World("a rule allows it", DONE, rule="YES"),
-    World("a rule forbids it", DENIED, rule="NO", agent=Answer.GRANT, interactive=True),
-    World("granted", DONE, agent=Answer.GRANT, interactive=True),
-    World("refused", DENIED, agent=Answer.REFUSE, interactive=True),
-    World("dismissed", DENIED, agent=Answer.DISMISS, interactive=True),
-    World("nobody to ask", DENIED, interactive=True),
-    World("not to be asked", INTERACTIVE, agent=Answer.GRANT),
-    World("nobody, and not to be asked", INTERACTIVE),
-]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A method, the state it is tried in, and the state that it leads to."""
-
-    member: str
-    before: str
-    after: str
-    signature: str = ""
-    body: tuple[Any, ...] = ()
-
-
-#: A VM's life, in which every method finds it in a state that allows it.
-LIFE = [
-    Step("OpenConsole", "not-started", "not-started"),
-    Step("OpenLog", "not-started", "not-started"),
-    Step("Start", "not-started", "running"),
-    Step("SetMemoryTarget", "running", "running", "t", (64 * MIB,)),
-    Step("ResizeDisk", "running", "running", "ut", (0, 4 * MIB)),
-    Step("Suspend", "running", "suspended"),
-    Step("Resume", "suspended", "running"),
-    Step("Stop", "running", "dead", "t", (0,)),
-    Step("Remove", "dead", ""),
-]
-DEATH = [
-    Step("Start", "not-started", "running"),
-    Step("Kill", "running", "dead"),
-]
-
-
-async def attempt(who: Client, path: str, step: Step) -> str:
-    """How a call ends."""
-    try:
-        found = await who.vm(path, step.member, step.signature, *step.body)
-    except RemoteError as error:
-        return error.name
-    for fd in found:
-        os.close(fd)
-    return DONE
-
-
-async def everything(root: Client, path: str) -> list[Any]:
-    """All that a denied call must leave as it is; and who hears that has heard all before."""
-    values = await root.get_all(path)
-    return [values, await root.get(MANAGER_PATH, "VMCount"), len(root.signals)]
-
-
-async def live(root: Client, who: Client, path: str, steps: list[Step]) -> dict[str, str]:
-    """Lead a VM's life: what is denied root does. Gives how each call ended."""
-    ended = {}
-    for step in steps:
-        before = await everything(root, path)
-        assert before[0]["State"] == step.before
-        ended[step.member] = await attempt(who, path, step)
-        if ended[step.member] != DONE:
-            assert await everything(root, path) == before, f"a denied {step.member} changed it"
-            assert await attempt(root, path, step) == DONE
-        if step.after:
-            assert await root.get(path, "State") == step.after
-        else:
-            async with refused(STANDARD_ERROR + "UnknownObject"):
-                await root.get(path, "State")
-    return ended
-
-
-async def create(here: Place, root: Client, who: Client) -> str:
-    """How a Create ends."""
-    before = await root.get(MANAGER_PATH, "VMCount"), len(root.signals)
-    try:
-        path = await who.create(**here.config(f"new-{next(numbers)}"))
-    except RemoteError as error:
-        after = await root.get(MANAGER_PATH, "VMCount"), len(root.signals)
-        assert after == before, "a denied Create changed something"
-        return error.name
-    assert await root.get(MANAGER_PATH, "VMCount") == before[0] + 1
-    assert isinstance(who, Caller)
-    assert await root.get(path, "RequesterUid") == who.uid
-    assert await root.get(path, "RequesterPid") == who.process.pid
-    return DONE
+# The matrix, where the bus knows no labels; test_labels.py has it where it does.
 
 
 @pytest.mark.parametrize(
@@ -251,32 +95,13 @@ async def create(here: Place, root: Client, who: Client) -> str:
 )
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 async def test_who_may_do_what(
-    here: Place, root: Client, world: World, uid: int, owner: int
+    here: Ruled, root: Client, world: World, uid: int, owner: int
 ) -> None:
-    here.polkitd.rules(world.rules)
-    async with contextlib.AsyncExitStack() as stack:
-        who = await stack.enter_async_context(caller(here.rig, uid, interactive=world.interactive))
-        desktop = None
-        if world.agent is not None:
-            desktop = await stack.enter_async_context(agent(here.rig, who, world.agent))
-        async with caller(here.rig, owner) as creator:
-            path, other_path = [await here.given(creator) for _ in range(2)]
-        found = {"Create": await create(here, root, who)}
-        found |= await live(root, who, path, LIFE)
-        found |= await live(root, who, other_path, DEATH)
-        all_of_it = DONE if uid in (owner, ROOT) else world.outcome
-        expected = {step.member: all_of_it for step in (*LIFE, *DEATH)}
-        expected["Create"] = DONE if uid == ROOT else world.outcome
-        assert found == expected
-        if desktop is not None:
-            # Start is in both lives. For one who is asked, every call is a dialog of its own.
-            asked = (0 if uid == owner else len(LIFE) + len(DEATH)) + 1
-            asks = world.interactive and not world.rule and uid != ROOT
-            assert len(desktop.requests) == (asked if asks else 0)
+    await try_everything(here, root, world, Who(uid), Who(owner), own=uid == owner)
 
 
 async def test_who_may_is_not_told_apart_from_what_the_state_allows(
-    here: Place, root: Client
+    here: Ruled, root: Client
 ) -> None:
     """Who may not learns nothing of the VM by trying; who may learns what is wrong."""
     running = [step for step in LIFE if step.before in ("running", "suspended")]
@@ -293,37 +118,7 @@ async def test_who_may_is_not_told_apart_from_what_the_state_allows(
 # What polkit is told
 
 
-async def test_rules_see_what_is_to_be_done_to_what_and_whose_it_is(
-    here: Place, root: Client
-) -> None:
-    here.polkitd.rules(
-        GIVEN
-        + """
-        polkit.addRule(function(action, subject) {
-            polkit.log("asked: " + [action.id, action.lookup("verb"), action.lookup("vm"),
-                action.lookup("requester_uid"), "<" + action.lookup("requester_sid") + ">",
-                subject.user].join(" "));
-            return polkit.Result.YES;
-        });
-        """
-    )
-    seen = len(here.polkitd.log)
-    async with caller(here.rig, OWNER) as owner, caller(here.rig, OTHER) as other:
-        path, other_path = [await here.given(owner) for _ in range(2)]
-        names = [await root.get(each, "Name") for each in (path, other_path)]
-        await other.create(**here.config("another"))
-        for step in LIFE:
-            await attempt(other, path, step)
-        await attempt(other, other_path, DEATH[0])
-        await attempt(owner, other_path, DEATH[1])
-    expected = [f"{CREATE} create another {OTHER} <> man"]
-    expected += [f"{MANAGE} {step.member.lower()} {names[0]} {OWNER} <> man" for step in LIFE]
-    expected.append(f"{MANAGE} start {names[1]} {OWNER} <> man")
-    expected.append(f"{OWN} kill {names[1]} {OWNER} <> games")
-    assert re.findall("asked: (.*)", here.polkitd.log[seen:]) == expected
-
-
-async def test_a_rule_can_decide_by_verb_vm_and_requester(here: Place, root: Client) -> None:
+async def test_a_rule_can_decide_by_verb_vm_and_requester(here: Ruled, root: Client) -> None:
     here.polkitd.rules(f"""
         {GIVEN}
         polkit.addRule(function(action, subject) {{
@@ -358,7 +153,7 @@ def documented_rules(people: dict[str, str]) -> str:
 
 
 async def test_the_documented_rules_do_what_the_documentation_says(
-    here: Place, root: Client
+    here: Ruled, root: Client
 ) -> None:
     """Operators manage everything, and alice what bob made; nobody else does."""
     people = {"vm-operators": "bin", "alice": "man", "1001": str(OWNER)}
@@ -382,7 +177,7 @@ async def test_the_documented_rules_do_what_the_documentation_says(
             assert await create(here, root, each) == INTERACTIVE
 
 
-async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
+async def test_the_dialog_names_the_vm(here: Ruled, root: Client) -> None:
     async with (
         caller(here.rig, OWNER) as owner,
         caller(here.rig, OTHER, interactive=True) as other,
@@ -398,7 +193,7 @@ async def test_the_dialog_names_the_vm(here: Place, root: Client) -> None:
         assert "create the virtual machine “mail”" in create.message
 
 
-async def test_a_vm_to_be_that_has_no_name_is_not_called_by_one(here: Place, root: Client) -> None:
+async def test_a_vm_to_be_that_has_no_name_is_not_called_by_one(here: Ruled, root: Client) -> None:
     async with (
         caller(here.rig, OTHER, interactive=True) as other,
         agent(here.rig, other, Answer.GRANT) as desktop,
@@ -410,7 +205,7 @@ async def test_a_vm_to_be_that_has_no_name_is_not_called_by_one(here: Place, roo
         assert create.message == "Authentication is required to create a virtual machine."
 
 
-async def test_the_dialog_is_in_the_language_of_who_is_asked(here: Place, root: Client) -> None:
+async def test_the_dialog_is_in_the_language_of_who_is_asked(here: Ruled, root: Client) -> None:
     async with (
         caller(here.rig, OWNER) as owner,
         caller(here.rig, OTHER, interactive=True) as other,
@@ -428,7 +223,7 @@ async def test_the_dialog_is_in_the_language_of_who_is_asked(here: Place, root: 
         ]
 
 
-async def test_every_text_of_the_actions_is_translated(here: Place, root: Client) -> None:
+async def test_every_text_of_the_actions_is_translated(here: Ruled, root: Client) -> None:
     texts = {}
     for locale in ("C", "de_DE.UTF-8"):
         reply = await root.connection.call(
@@ -444,7 +239,7 @@ async def test_every_text_of_the_actions_is_translated(here: Place, root: Client
 # What happens while polkit has not decided
 
 
-async def test_the_state_is_looked_at_again_after_the_dialog(here: Place, root: Client) -> None:
+async def test_the_state_is_looked_at_again_after_the_dialog(here: Ruled, root: Client) -> None:
     async with (
         caller(here.rig, OWNER) as owner,
         caller(here.rig, OTHER, interactive=True) as other,
@@ -460,7 +255,7 @@ async def test_the_state_is_looked_at_again_after_the_dialog(here: Place, root: 
             await suspending
 
 
-async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Place, root: Client) -> None:
+async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Ruled, root: Client) -> None:
     async with (
         caller(here.rig, OWNER) as owner,
         caller(here.rig, OTHER, interactive=True) as other,
@@ -482,7 +277,7 @@ async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Place, root: C
         assert await root.get(kept, "State") == "running"
 
 
-async def test_a_caller_that_leaves_takes_its_dialog_along(here: Place, root: Client) -> None:
+async def test_a_caller_that_leaves_takes_its_dialog_along(here: Ruled, root: Client) -> None:
     async with caller(here.rig, OWNER) as owner, contextlib.AsyncExitStack() as stack:
         path = await here.given(owner)
         before = await everything(root, path)
@@ -503,13 +298,13 @@ async def test_a_caller_that_leaves_takes_its_dialog_along(here: Place, root: Cl
 
 
 @pytest.fixture
-def ours() -> Iterator[Place]:
+def ours() -> Iterator[Ruled]:
     """One whose polkit may be stopped and killed."""
     with place() as made:
         yield made
 
 
-async def test_a_polkit_that_hangs_holds_up_nothing_else(ours: Place) -> None:
+async def test_a_polkit_that_hangs_holds_up_nothing_else(ours: Ruled) -> None:
     async with contextlib.AsyncExitStack() as stack:
         root = await stack.enter_async_context(client(ours.rig))
         await root.listen()
@@ -545,7 +340,7 @@ async def test_a_polkit_that_hangs_holds_up_nothing_else(ours: Place) -> None:
             os.close(fd)
 
 
-async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
+async def test_the_service_ends_while_a_dialog_is_open(ours: Ruled) -> None:
     """Neither the user at the dialog, nor who waits for a VM's death, is waited for."""
     async with (
         caller(ours.rig, OWNER) as owner,
@@ -557,7 +352,7 @@ async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
         request = await desktop.asked()
         waiting = asyncio.create_task(other.vm(path, "Wait"))
         await other.get(path, "State")
-        async with asyncio.timeout(daemon._LAST_ANSWERS):
+        async with asyncio.timeout(DEADLINE):
             ours.service.process.terminate()
             await desktop.gave_up(request)
             for call in (starting, waiting):
@@ -567,7 +362,7 @@ async def test_the_service_ends_while_a_dialog_is_open(ours: Place) -> None:
             assert await asyncio.to_thread(ours.service.process.wait, 10) == 0
 
 
-async def test_polkit_can_vanish_and_come_back(ours: Place) -> None:
+async def test_polkit_can_vanish_and_come_back(ours: Ruled) -> None:
     async with (
         client(ours.rig) as root,
         caller(ours.rig, OWNER) as owner,
@@ -594,12 +389,6 @@ async def test_polkit_can_vanish_and_come_back(ours: Place) -> None:
         assert await attempt(owner, path, DEATH[0]) == DONE
         desktop.answer = Answer.GRANT
         assert await attempt(other, path, DEATH[1]) == DONE
-
-
-def request_of(who: Client) -> Request:
-    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    sender = who.connection.unique_name
-    return Request(sender, Access.CREATE, "create", "web", None, interactive=False, gone=gone)
 
 
 async def test_without_a_dialog_a_polkit_that_hangs_denies_after_a_while(

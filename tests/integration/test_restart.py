@@ -433,7 +433,9 @@ async def test_every_moment_is_a_good_one_to_be_killed_in(
         mortal.start()
         await _settle(listener, mortal)
         deaths = _deaths(listener)
-        assert set(deaths.values()) <= {1}, f"killed at {last}: {deaths}"
+        # Between the bus having it and our knowing that the bus has it there is no telling.
+        often = {1, 2} if last.endswith("before told") else {1}
+        assert set(deaths.values()) <= often, f"killed at {last}: {deaths}"
         assert set(deaths) == _attempted(listener), f"killed at {last}"
         mortal.crash()
     reached = steps.read_text()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import AccessDenied, InteractiveAuthorizationRequired
+from ..errors import AccessDenied, InteractiveAuthorizationRequired, UnknownObject
 from ..model.identity import Requester
 from ..model.machine import Machine
 from .connection import Connection, RemoteError
@@ -23,6 +23,7 @@ POLKIT = "org.freedesktop.PolicyKit1"
 POLKIT_PATH = "/org/freedesktop/PolicyKit1/Authority"
 POLKIT_AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 _CHECK = "(sa{sv})sa{ss}us"
+_DECISION = "(bba{ss})"
 _ALLOW_INTERACTION = 1
 _TRANSLATIONS = "vmbus"
 
@@ -33,6 +34,8 @@ def _(text: str) -> str:
 
 
 _UNNAMED = _("Authentication is required to create a virtual machine.")
+#: Characters of an error of polkit's that callers are told.
+_MAX_TEXT = 200
 
 
 class Access(enum.Enum):
@@ -149,25 +152,16 @@ class Polkit:
         try:
             await asyncio.wait(whichever, return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
-                return _answer(asking.result())
-            gone = "the caller has left the bus" if request.gone.done() else "the VM was removed"
-            raise AccessDenied(f"{gone} before polkit had decided")
+                return asking.result()
+            if request.gone.done():
+                raise AccessDenied("the caller has left the bus before polkit had decided")
+            raise UnknownObject(f"the VM {request.name} was removed before polkit had decided")
         finally:
             if not asking.done():
                 asking.cancel()
-                self._connection.send(
-                    Message(
-                        destination=POLKIT,
-                        path=POLKIT_PATH,
-                        interface=POLKIT_AUTHORITY,
-                        member="CancelCheckAuthorization",
-                        signature="s",
-                        body=[cancellation],
-                        flags=Flag.NO_REPLY_EXPECTED,
-                    )
-                )
+                self._cancel(cancellation)
 
-    async def _call(self, question: Sequence[Any], request: Request) -> Sequence[Any]:
+    async def _call(self, question: Sequence[Any], request: Request) -> tuple[bool, bool]:
         try:
             reply = await self._connection.call(
                 POLKIT,
@@ -180,8 +174,29 @@ class Polkit:
                 timeout=None if request.interactive else POLKIT_TIMEOUT,
             )
         except (RemoteError, OSError, WireError) as error:
-            raise AccessDenied(f"polkit can't be asked: {error}") from error
-        return reply.body
+            if isinstance(error, TimeoutError):
+                self._cancel(question[-1])
+            raise AccessDenied(f"polkit can't be asked: {_in_short(error)}") from error
+        for fd in reply.fds:
+            os.close(fd)
+        if reply.signature != _DECISION:
+            raise AccessDenied("polkit answers something that can't be understood")
+        ((allowed, challenge, _),) = reply.body
+        return allowed, challenge
+
+    def _cancel(self, cancellation: str) -> None:
+        """Tell polkit that nobody waits for this check any more."""
+        self._connection.send(
+            Message(
+                destination=POLKIT,
+                path=POLKIT_PATH,
+                interface=POLKIT_AUTHORITY,
+                member="CancelCheckAuthorization",
+                signature="s",
+                body=[cancellation],
+                flags=Flag.NO_REPLY_EXPECTED,
+            )
+        )
 
 
 def action_for(request: Request, caller: Requester) -> str:
@@ -196,10 +211,6 @@ def action_for(request: Request, caller: Requester) -> str:
     return "org.vmbus1.manage-own" if own else "org.vmbus1.manage"
 
 
-def _answer(body: Sequence[Any]) -> tuple[bool, bool]:
-    """Whether polkit allows it, and whether it would ask the user. Raises AccessDenied."""
-    try:
-        ((allowed, challenge, _),) = body
-    except (TypeError, ValueError):
-        raise AccessDenied("polkit answers something that can't be understood") from None
-    return allowed is True, challenge is True
+def _in_short(error: Exception) -> str:
+    """The last line of its text, where those of more than one line say what is wrong."""
+    return str(error).strip().rpartition("\n")[2][:_MAX_TEXT]

@@ -117,10 +117,11 @@ def _unknown() -> AccessDenied:
 def _requester(sender: str, found: dict[str, Any]) -> Requester:
     if "UnixUserID" not in found:
         raise AccessDenied("the bus does not say which user you are")
-    label = bytes(found.get("LinuxSecurityLabel", b"")).rstrip(b"\0")
+    label = bytes(found.get("LinuxSecurityLabel", b"")).partition(b"\0")[0]
     return Requester(
         uid=int(found["UnixUserID"]),
         pid=int(found.get("ProcessID", 0)),
-        sid=label.decode("utf-8", "replace"),
+        # Labels that are no text stay different from each other.
+        sid=label.decode("utf-8", "backslashreplace"),
         connection=sender,
     )

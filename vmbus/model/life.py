@@ -147,7 +147,8 @@ class Life(Ledger):
         if self.state is State.STARTING:
             return await self._until_it_answers(self._around.settings.start_timeout)
         words = await self._until_it_answers(None)
-        if self.halted and self.state in (State.SUSPENDED, State.RUNNING):
+        settled = not self.halted or self.state not in (State.SUSPENDED, State.RUNNING)
+        if self._controls.has_answered and not settled:
             # Asked for and not known to be done, or not known to be undone.
             await self._controls.settle(halted=self.state is State.SUSPENDED)
         return words

@@ -156,7 +156,8 @@ class Machine(Life):
         async with self._controls.turn() as control:
             after(self.state, event)
             await request(control)
-            self._change(event, **values)
+            if event in (Event.SUSPEND, Event.RESUME):
+                self._change(event, **values)
 
     async def _end_in_time(self, timeout: float, forced: Reason) -> None:
         """In good order; or when time is up by the VMM's own stop, or else by SIGKILL."""
