@@ -15,6 +15,8 @@ from typing import Any
 
 #: Largest message that is sent, or read as a reply: what the reference bus takes by default.
 MAX_MESSAGE = 32 * 1024 * 1024
+#: Largest array, as D-Bus has it, and so the largest header.
+MAX_ARRAY = 64 * 1024 * 1024
 FIXED_HEADER = 16
 REPLY_SERIAL = 5
 SENDER = 7
@@ -23,6 +25,8 @@ UNIX_FDS = 9
 #: How deep containers may stand in each other, in a signature and in values, as the bus has it.
 _MAX_DEPTH = 64
 _MAX_SIGNATURE = 255
+#: Longest text of a header, in bytes, but for a path: names and signatures have no more.
+_MAX_NAME = 255
 
 _SIZES = {"y": 1, "n": 2, "q": 2, "b": 4, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
 _BASIC = frozenset((*_SIZES, "s", "o", "g"))
@@ -150,6 +154,28 @@ def header_fields(data: bytes) -> dict[int, Any]:
     except LayoutError:
         pass
     return fields
+
+
+def long_text(data: bytes) -> tuple[int, int] | None:
+    """Where, in the beginning of a header, the size of a text without measure lies, and that size.
+
+    Only a path can be as long as a whole message.
+    """
+    walker = _Walker(data)
+    walker.at = FIXED_HEADER
+    try:
+        while True:
+            walker.align(8)
+            walker.skip(1)
+            kind = walker.variant()
+            walker.align(4)
+            at = walker.at
+            if kind[0] in "so" and (size := walker.number()) > _MAX_NAME:
+                return at, size
+            walker.at = at
+            walker.value(kind)
+    except LayoutError:
+        return None
 
 
 def check(data: bytes) -> None:
