@@ -26,6 +26,7 @@ class Raw:
     def __init__(self, sock: socket.socket, name: str) -> None:
         self.name = name
         self.came: list[Message] = []
+        self._replies: dict[int | None, Message] = {}
         self.closed = asyncio.Event()
         self._news = asyncio.Event()
         self._serial = 1
@@ -39,6 +40,7 @@ class Raw:
         message = decode(frame.data)
         message.fds = frame.fds
         self.came.append(message)
+        self._replies[message.reply_serial] = message
         self._news.set()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -77,16 +79,14 @@ class Raw:
     async def reply(self, serial: int) -> Message:
         """The reply to a call. Raises RemoteError, or ConnectionError when the bus hangs up."""
         async with asyncio.timeout(DEADLINE):
-            while True:
-                for message in reversed(self.came):
-                    if message.reply_serial == serial:
-                        if message.kind is Kind.ERROR:
-                            raise RemoteError(message.error_name or "", message.body[0])
-                        return message
+            while (message := self._replies.get(serial)) is None:
                 if self.closed.is_set():
                     raise ConnectionResetError("the bus hung up")
                 self._news.clear()
                 await self._news.wait()
+        if message.kind is Kind.ERROR:
+            raise RemoteError(message.error_name or "", message.body[0])
+        return message
 
     async def call(
         self,

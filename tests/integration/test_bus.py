@@ -560,7 +560,7 @@ async def test_hostile_signatures_cost_little_memory(hand: Raw, either_service: 
     await hand.call(MANAGER_PATH, MANAGER, "List")
     before = either_service.resident()
     serial = 0
-    for number in range(5000):
+    for number in range(3000):
         own = "".join(letters[number >> shift & 7] for shift in range(0, 15, 3))
         signature = f"a({own}{'y' * 120})"
         value = Var(signature, [])
@@ -572,7 +572,7 @@ async def test_hostile_signatures_cost_little_memory(hand: Raw, either_service: 
             )
     async with refused(STANDARD_ERROR + "InvalidArgs"):
         await hand.reply(serial)
-    # Without a bound it is some 100 MB.
+    # Without a bound it is some 60 MB.
     assert either_service.resident() - before < 30 * MIB
 
 
