@@ -256,7 +256,11 @@ async def ten_thousand_signatures(hostile: Raw, others: Others) -> None:
     assert await one_by_one(others, configs_of(short, 125)) == {BAD_CONFIG: 80}
     assert await one_by_one(others, configs_of(short, 1000)) == {INVALID: 10}
     long = [Var(f"a({each.signature}{'y' * 240})", []) for each in short[:400]]
-    assert await one_by_one(others, configs_of(long, 4)) == {BAD_CONFIG: 100}
+    calls = (
+        hostile.send_call(MANAGER_PATH, PROPERTIES, "Set", "ssv", [MANAGER, "Version", value])
+        for value in long
+    )
+    assert await outcomes(hostile, calls) == {STANDARD_ERROR + "PropertyReadOnly": 400}
     assert await one_by_one(others, configs_of(long, 400)) == {INVALID: 1}
 
 
