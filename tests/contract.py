@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
-from .rig import OBJECT_MANAGER, PROPERTIES, ROOT
+from . import frames
+from .rig import MANAGER, MANAGER_PATH, OBJECT_MANAGER, PROPERTIES, ROOT
 
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
 PEER = "org.freedesktop.DBus.Peer"
@@ -39,3 +41,29 @@ METHODS: list[tuple[str, str, str]] = [
     (PEER, "GetMachineId", ""),
     (OBJECT_MANAGER, "GetManagedObjects", ""),
 ]
+
+#: A value of each type that methods take, and of one that none takes.
+_SAMPLES: dict[str, Any] = {
+    "s": "org.vmbus1.VirtualMachine",
+    "t": 0,
+    "u": 0,
+    "v": frames.Var("s", "x"),
+    "a{sv}": {},
+    "d": 0.0,
+}
+
+
+def samples(signature: str) -> list[Any]:
+    """Values of these types."""
+    return [_SAMPLES[each] for each in frames.split(signature)]
+
+
+def wrong_types(right: str) -> list[str]:
+    """Signatures that a method isn't to be called with."""
+    shorter = right[:-1] if right[-1:] != "}" else "t"
+    return sorted({"", "s", "d", f"{right}d", "a{sv}a{sv}", shorter} - {right})
+
+
+def home_of(interface: str, vm: str) -> str:
+    """The path of an object that has this interface."""
+    return MANAGER_PATH if interface in (MANAGER, OBJECT_MANAGER) else vm

@@ -150,3 +150,37 @@ def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     """Send all of it in one system call, with the descriptors."""
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
     assert sock.sendmsg([data], [rights] if fds else []) == len(data)
+
+
+# What is better not sent
+
+
+def nested(depth: int) -> Var:
+    """A text in a variant in so many variants."""
+    value = Var("s", "core")
+    for _ in range(depth):
+        value = Var("v", value)
+    return value
+
+
+#: Bodies of a message that is to have one string, and that no bus lets through.
+NOT_A_STRING: dict[str, bytes] = {
+    "NUL": body_of("s", ["a0b"]).replace(b"0", b"\0"),
+    "not UTF-8": body_of("s", ["a0b"]).replace(b"0", b"\xff"),
+    "cut off": body_of("s", ["a0b"])[:-1],
+    "length that wraps": b"\xff\xff\xff\xff",
+    "more than its signature": body_of("ss", ["a", "b"]),
+}
+
+#: Configs for Create that are wrong, and as large as a call can be.
+HUGE_CONFIGS: dict[str, dict[str, Any]] = {
+    "many keys": {f"key{number}": Var("y", 1) for number in range(4000)},
+    "long key": {"k" * 100_000: Var("s", "")},
+    "long value": {"name": Var("s", "n" * 100_000)},
+    "many disks": {"disks": Var("aa{sv}", [{}] * 10_000)},
+    "bytes": {"kernel": Var("ay", bytes(100_000))},
+    "structs": {"kernel": Var("a(yv)", [[1, Var("s", "x")]] * 5000)},
+    "numbers as keys": {
+        "disks": Var("aa{tv}", [{number: Var("d", 0.5)} for number in range(1000)])
+    },
+}

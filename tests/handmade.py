@@ -17,7 +17,7 @@ from vmbus.bus.stream import Frame, MessageStream
 from vmbus.bus.wire import Kind, Message, decode, join
 
 from . import frames
-from .rig import BUS, DEADLINE, Rig
+from .rig import BUS, DEADLINE, Client, Rig
 
 
 class Raw:
@@ -26,15 +26,21 @@ class Raw:
     def __init__(self, sock: socket.socket, name: str) -> None:
         self.name = name
         self.came: list[Message] = []
+        self._replies: dict[int | None, Message] = {}
         self.closed = asyncio.Event()
         self._news = asyncio.Event()
         self._serial = 1
-        self._stream = MessageStream(sock, self._take, lambda _: self.closed.set())
+        self._stream = MessageStream(sock, self._take, self._gone)
+
+    def _gone(self, _: Exception | None) -> None:
+        self.closed.set()
+        self._news.set()
 
     def _take(self, frame: Frame) -> None:
         message = decode(frame.data)
         message.fds = frame.fds
         self.came.append(message)
+        self._replies[message.reply_serial] = message
         self._news.set()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -71,17 +77,16 @@ class Raw:
         return self._serial
 
     async def reply(self, serial: int) -> Message:
-        """The reply to a call. Raises RemoteError."""
+        """The reply to a call. Raises RemoteError, or ConnectionError when the bus hangs up."""
         async with asyncio.timeout(DEADLINE):
-            while True:
-                for message in self.came:
-                    if message.reply_serial == serial:
-                        if message.kind is Kind.ERROR:
-                            raise RemoteError(message.error_name or "", message.body[0])
-                        return message
-                assert not self.closed.is_set(), "the bus hung up"
+            while (message := self._replies.get(serial)) is None:
+                if self.closed.is_set():
+                    raise ConnectionResetError("the bus hung up")
                 self._news.clear()
                 await self._news.wait()
+        if message.kind is Kind.ERROR:
+            raise RemoteError(message.error_name or "", message.body[0])
+        return message
 
     async def call(
         self,
@@ -102,6 +107,13 @@ class Raw:
     async def call_bus(self, member: str, signature: str = "", values: Sequence[Any] = ()) -> Any:
         return await self.call(BUS_PATH, BUS_NAME, member, signature, values, destination=BUS_NAME)
 
+    def stop_reading(self) -> None:
+        """Leave what comes to the bus; only while little is left to be sent."""
+        self._stream._pause_reading()
+
+    def go_on_reading(self) -> None:
+        self._stream._resume_reading()
+
     async def sent(self) -> None:
         """Wait until the bus has taken everything."""
         async with asyncio.timeout(DEADLINE):
@@ -112,12 +124,43 @@ class Raw:
 
 
 @contextlib.asynccontextmanager
-async def raw(rig: Rig) -> AsyncIterator[Raw]:
-    client = Raw(*await join(rig.address))
+async def raw(rig: Rig, uid: int | None = None) -> AsyncIterator[Raw]:
+    """A client of the bus; of the user `uid`, if that is given."""
+    client = Raw(*(await join(rig.address) if uid is None else await _join_as(rig, uid)))
     try:
+        if uid is not None:
+            (client.name,) = await client.call_bus("Hello")
         yield client
     finally:
         client.close()
+
+
+async def _join_as(rig: Rig, uid: int) -> tuple[socket.socket, str]:
+    """Connect as another user, as far as Hello. The bus takes us for who we are at that moment."""
+    sock = socket.socket(socket.AF_UNIX)
+    ourselves = os.geteuid()
+    os.seteuid(uid)
+    try:
+        sock.connect(str(rig.directory / "bus"))
+    finally:
+        os.seteuid(ourselves)
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    for asked in (b"\0AUTH EXTERNAL " + str(uid).encode().hex().encode(), b"NEGOTIATE_UNIX_FD"):
+        await loop.sock_sendall(sock, asked + b"\r\n")
+        answer = await loop.sock_recv(sock, 4096)
+        assert answer.startswith((b"OK ", b"AGREE_UNIX_FD")), answer
+    await loop.sock_sendall(sock, b"BEGIN\r\n")
+    return sock, ""
+
+
+async def until_gone(bus: Client, name: str) -> None:
+    """Wait until a name has no owner."""
+    rule = f"type='signal',member='NameOwnerChanged',arg0='{name}'"
+    await bus.connection.call_bus("AddMatch", "s", [rule])
+    (owned,) = await bus.connection.call_bus("NameHasOwner", "s", [name])
+    if owned:
+        await bus.until(lambda m: m.member == "NameOwnerChanged" and m.body[0] == name)
 
 
 class FakeBus:

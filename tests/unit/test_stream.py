@@ -293,6 +293,45 @@ async def test_a_reply_may_not_be_larger_than_a_message(ends: Ends) -> None:
     assert ends.frames[0].oversized
 
 
+@pytest.mark.parametrize("order", frames.ORDERS)
+@pytest.mark.parametrize("size", [stream.MAX_INCOMING, 3 * KIB * KIB + 5])
+async def test_a_path_too_long_is_cut_out_and_the_next_message_understood(
+    ends: Ends, size: int, order: str
+) -> None:
+    """Nothing bounds a path but the size of its message; whose it is must still be told."""
+    path = "/" + "p" * size
+    large = frames.call(path, "a.b", "M", "s", ["x"], sender=":1.7", serial=5, order=order)
+    after = numbered(1, 3, order)
+    await ends.send(large + after)
+    await ends.until(lambda: len(ends.frames) == 2)
+    assert [frame.oversized for frame in ends.frames] == [True, False]
+    fields = layout.header_fields(ends.frames[0].data)
+    assert (fields[0], fields[layout.SENDER], fields[frames.MEMBER]) == (5, ":1.7", "M")
+    assert len(ends.frames[0].data) < KIB
+    assert ends.frames[1].data == after
+
+
+async def test_descriptors_of_a_message_with_a_long_path_are_its_own(
+    ends: Ends, pipes: Callable[[], tuple[int, int]]
+) -> None:
+    path = "/" + "p" * 2 * stream.MAX_INCOMING
+    large = frames.call(path, "a.b", "M", fds=2)
+    first = ends.bus.send(large[:16])
+    assert first == 16
+    send_with_fds(ends.bus, large[16:20], pipes())
+    await ends.send(large[20:] + numbered(1))
+    await ends.until(lambda: len(ends.frames) == 2)
+    assert [len(frame.fds) for frame in ends.frames] == [2, 0]
+
+
+async def test_a_large_header_of_nothing_known_ends_the_stream(ends: Ends) -> None:
+    fields = [(77, Var("ay", bytes(2 * stream.MAX_INCOMING)))]
+    with contextlib.suppress(ConnectionError):
+        await ends.send(frames.frame(CALL, fields))
+    await ends.until(lambda: ends.closed)
+    assert "header" in str(ends.closed[0])
+
+
 async def test_a_header_without_end_ends_the_stream(ends: Ends) -> None:
     await ends.send(struct.pack("<BBBBIII", ord("l"), 1, 0, 1, 0, 1, 0xFFFFFFFF))
     await ends.until(lambda: ends.closed)

@@ -294,6 +294,20 @@ def resident() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def with_variants(signatures: list[str]) -> bytes:
+    values = {f"key{number}": Var(kind, []) for number, kind in enumerate(signatures)}
+    return frames.call("/", "a.b", "M", "a{sv}", [values])
+
+
+def test_variants_of_many_types_are_refused_before_the_library_sees_them(wire: Any) -> None:
+    """Each costs memory that does not come back; of one type there may be any number."""
+    pairs = [f"a({first}{second})" for first in "ynqiuxtd" for second in "ynqiuxtd"]
+    assert len(wire.decode(with_variants(pairs)).body[0]) == 64
+    assert len(wire.decode(with_variants(pairs * 10)).body[0]) == 640
+    with pytest.raises(wire.WireError, match="too many types"):
+        wire.decode(with_variants([f"a({each})" for each in pairs + [pair * 2 for pair in pairs]]))
+
+
 def test_hostile_signatures_are_not_remembered_for_ever(wire: Any) -> None:
     letters = b"ybnqiuxt"
     template = frames.call("/a", "a.b", "M", "v", [Var(f"a(ddddd{'y' * 60})", [])])

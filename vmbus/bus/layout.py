@@ -15,6 +15,8 @@ from typing import Any
 
 #: Largest message that is sent, or read as a reply: what the reference bus takes by default.
 MAX_MESSAGE = 32 * 1024 * 1024
+#: Largest array, as D-Bus has it, and so the largest header.
+MAX_ARRAY = 64 * 1024 * 1024
 FIXED_HEADER = 16
 REPLY_SERIAL = 5
 SENDER = 7
@@ -23,6 +25,11 @@ UNIX_FDS = 9
 #: How deep containers may stand in each other, in a signature and in values, as the bus has it.
 _MAX_DEPTH = 64
 _MAX_SIGNATURE = 255
+#: Longest text of a header, in bytes, but for a path: names and signatures have no more.
+_MAX_NAME = 255
+#: Bytes that the signatures of a message's variants may have, each counted once. A call needs some
+#: tens, and each byte may cost a library three hundred that it doesn't give back.
+_MAX_VARIETY = 1024
 
 _SIZES = {"y": 1, "n": 2, "q": 2, "b": 4, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
 _BASIC = frozenset((*_SIZES, "s", "o", "g"))
@@ -31,6 +38,7 @@ _HEADER_TYPES = " osssussgu"
 _REQUIRED = {1: {1, 3}, 2: {5}, 3: {4, 5}, 4: {1, 2, 3}}
 #: A complete type: its letter, and for a container the types within.
 _Type = tuple[str, tuple[Any, ...]]
+_SIMPLE: dict[str, _Type] = {letter: (letter, ()) for letter in (*_BASIC, "v")}
 
 
 class LayoutError(ValueError):
@@ -46,6 +54,8 @@ class _Walker:
         self.data = data
         self.order = "<" if data[0] == ord("l") else ">"
         self.at = 0
+        self._variety: set[str] = set()
+        self._room = _MAX_VARIETY
 
     def align(self, size: int) -> None:
         self.skip(-self.at & (size - 1))
@@ -73,7 +83,13 @@ class _Walker:
 
     def variant(self) -> _Type:
         """Step over a variant's signature, of one complete type, and give that."""
-        kinds = _types_of(self.signature())
+        signature = self.signature()
+        if signature not in self._variety:
+            self._variety.add(signature)
+            self._room -= len(signature)
+            if self._room < 0:
+                raise LayoutError("variants of too many types")
+        kinds = _types_of(signature)
         if len(kinds) != 1:
             raise LayoutError("a variant that is not of one type")
         return kinds[0]
@@ -152,6 +168,28 @@ def header_fields(data: bytes) -> dict[int, Any]:
     return fields
 
 
+def long_text(data: bytes) -> tuple[int, int] | None:
+    """Where, in the beginning of a header, the size of a text without measure lies, and that size.
+
+    Only a path can be as long as a whole message.
+    """
+    walker = _Walker(data)
+    walker.at = FIXED_HEADER
+    try:
+        while True:
+            walker.align(8)
+            walker.skip(1)
+            kind = walker.variant()
+            walker.align(4)
+            at = walker.at
+            if kind[0] in "so" and (size := walker.number()) > _MAX_NAME:
+                return at, size
+            walker.at = at
+            walker.value(kind)
+    except LayoutError:
+        return None
+
+
 def check(data: bytes) -> None:
     """Walk one whole message. Raises LayoutError unless everything is where it should be."""
     walker = _Walker(data)
@@ -180,8 +218,8 @@ def _types_of(signature: str) -> tuple[_Type, ...]:
 
 
 def _type(letter: str, rest: Iterator[str], depth: int) -> _Type:
-    if letter in _BASIC or letter == "v":
-        return letter, ()
+    if letter in _SIMPLE:
+        return _SIMPLE[letter]
     if depth == _MAX_DEPTH:
         raise LayoutError("containers stand too deep in each other")
     if letter == "a":
@@ -200,4 +238,4 @@ def _entry(rest: Iterator[str], depth: int) -> tuple[_Type, ...]:
     key, value = next(rest, ""), _type(next(rest, ""), rest, depth)
     if key not in _BASIC or next(rest, "") != "}":
         raise LayoutError("a dict of something else than a basic type to one type")
-    return (key, ()), value
+    return _SIMPLE[key], value

@@ -15,7 +15,14 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from .layout import FIXED_HEADER, MAX_MESSAGE, UNIX_FDS, header_fields
+from .layout import (
+    FIXED_HEADER,
+    MAX_ARRAY,
+    MAX_MESSAGE,
+    UNIX_FDS,
+    header_fields,
+    long_text,
+)
 
 #: Largest call or signal that is taken from the bus, in bytes: nothing in the contract needs more,
 #: and decoding may take two hundred times that in memory. Replies are what somebody asked for.
@@ -65,6 +72,7 @@ class MessageStream:
         self._in = bytearray()
         self._in_fds: deque[int] = deque()
         self._skip = 0
+        self._shortened = False
         self._reading = False
         self._delivering = False
         self._out: deque[tuple[bytes, Sequence[int], Callable[[], None] | None]] = deque()
@@ -149,20 +157,44 @@ class MessageStream:
         (fields,) = struct.unpack_from(order + "I", self._in, 12)
         head = FIXED_HEADER + fields + (-fields & 7)
         size = head + body
+        if head > MAX_INCOMING:
+            return self._next_frame() if self._shorten_header(order, fields) else None
         oversized = size > (MAX_MESSAGE if self._in[1] in _REPLIES else MAX_INCOMING)
-        if oversized and head > MAX_INCOMING:
-            self.close(ConnectionError(f"the bus sent a message header of {head} bytes"))
-            return None
+        oversized = oversized or self._shortened
         wanted = head if oversized else size
         if len(self._in) < wanted:
             return None
         data = bytes(self._in[:wanted])
+        self._shortened = False
         if oversized:
             self._skip = size - min(size, len(self._in))
             del self._in[:size]
         else:
             del self._in[:wanted]
         return Frame(data, self._fds_of(data), oversized)
+
+    def _shorten_header(self, order: str, fields: int) -> bool:
+        """Cut a path out that makes the header large: the rest says whose message is refused.
+
+        False: not yet, or not possible, and then the stream is closed.
+        """
+        known = bytes(self._in[:MAX_INCOMING])
+        found = long_text(known)
+        if found is None and len(known) < MAX_INCOMING and fields <= MAX_ARRAY:
+            return False
+        at, size = found or (0, 0)
+        cut = size & ~7  # so that all behind it stays aligned
+        if not 0 < cut <= fields:
+            head = FIXED_HEADER + fields
+            self.close(ConnectionError(f"the bus sent a message header of {head} bytes"))
+            return False
+        struct.pack_into(order + "I", self._in, 12, fields - cut)
+        struct.pack_into(order + "I", self._in, at, size - cut)
+        text = at + 4
+        self._skip = max(0, text + cut - len(self._in))
+        del self._in[text : text + cut]
+        self._shortened = True
+        return True
 
     def _fds_of(self, data: bytes) -> list[int]:
         if not self._in_fds:

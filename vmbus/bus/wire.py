@@ -25,7 +25,7 @@ from .layout import MAX_MESSAGE
 #: How long connecting, authenticating and Hello may take together, in seconds.
 CONNECT_TIMEOUT = 10.0
 #: Signatures that the library may remember. vmbus needs some thirty, a hostile peer has no end.
-_MAX_SIGNATURES = 256
+_MAX_SIGNATURES = 64
 
 
 def _library_name() -> str:
