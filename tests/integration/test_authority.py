@@ -268,9 +268,9 @@ async def test_a_vm_that_is_removed_takes_its_dialogs_along(here: Ruled, root: C
         (mine,) = [request for request in desktop.requests if f"“{name}”" in request.message]
         await owner.vm(path, "Remove")
         await desktop.gave_up(mine)
-        async with refused(DENIED) as texts:
+        async with refused(STANDARD_ERROR + "UnknownObject") as texts:
             await calls[0]
-        assert texts == ["the VM was removed before polkit had decided"]
+        assert texts == [f"the VM {name} was removed before polkit had decided"]
         assert not calls[1].done()
         desktop.close_all(Answer.GRANT)
         assert await calls[1] == []

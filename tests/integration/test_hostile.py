@@ -27,7 +27,7 @@ from tests.contract import (
 )
 from tests.frames import HUGE_CONFIGS, NOT_A_STRING, Var, nested
 from tests.handmade import Raw, raw, until_gone
-from tests.polkit import Caller, caller, polkit
+from tests.polkit import Caller, agent, caller, polkit
 from tests.rig import (
     BUS,
     CROSVM,
@@ -623,6 +623,26 @@ async def vms_that_go_with_their_creator(hostile: Raw, others: Others) -> None:
     assert await others.listener.get(MANAGER_PATH, "VMCount") == 2
 
 
+async def dialogs_that_stand(hostile: Raw, others: Others) -> None:
+    """More calls than a bus lets a service ask polkit for, each with a dialog nobody answers."""
+    rig = others.service.rig
+    calls: list[asyncio.Task[Any]] = []
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            leaving = await stack.enter_async_context(caller(rig, NOBODY, interactive=True))
+            await stack.enter_async_context(agent(rig, leaving))
+            opening = [leaving.vm(others.running, "OpenLog") for _ in range(AT_ONCE)]
+            calls += [asyncio.create_task(each) for each in opening]
+        # Of no more than 128 can the service wait for polkit's answers.
+        for ended in itertools.islice(asyncio.as_completed(calls), len(calls) - 128):
+            with contextlib.suppress(RemoteError):
+                await ended
+        for fd in await others.owner.vm(others.running, "OpenLog"):
+            os.close(fd)
+    await asyncio.wait(calls)
+    assert not [each for each in calls if each.exception() is None]
+
+
 ATTACKS: list[Callable[[Raw, Others], Awaitable[None]]] = [
     wrong_signatures,
     ten_thousand_signatures,
@@ -644,6 +664,7 @@ ATTACKS: list[Callable[[Raw, Others], Awaitable[None]]] = [
     a_flood_of_pings,
     waits_without_end,
     others_vms,
+    dialogs_that_stand,
     the_service_s_place,
     vms_that_go_with_their_creator,
 ]

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import itertools
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
-from ..errors import AccessDenied, InteractiveAuthorizationRequired, UnknownObject
+from ..errors import (
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    LimitExceeded,
+    UnknownObject,
+)
 from ..model.identity import Requester
 from ..model.machine import Machine
 from .connection import Connection, RemoteError
@@ -33,9 +41,12 @@ def _(text: str) -> str:
     return text
 
 
-_UNNAMED = _("Authentication is required to create a virtual machine.")
 #: Characters of an error of polkit's that callers are told.
 _MAX_TEXT = 200
+#: A system bus lets no connection wait for more than 128 answers. Whoever could take them all, by
+#: calls in a flood or by dialogs that stand, would have everybody else denied.
+_QUESTIONS, _QUESTIONS_PER_USER = 48, 8
+_DIALOGS, _DIALOGS_PER_USER = 64, 8
 
 
 class Access(enum.Enum):
@@ -44,6 +55,13 @@ class Access(enum.Enum):
     READ = "read"
     CREATE = "create"
     MANAGE = "manage"
+
+
+#: What the user is asked where no VM is named.
+_UNNAMED = {
+    Access.CREATE: _("Authentication is required to create a virtual machine."),
+    Access.MANAGE: _("Authentication is required to end all virtual machines."),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,9 @@ class Polkit:
         self._connection = connection
         self._peers = peers
         self._numbers = itertools.count(1)
+        self._questions = asyncio.Semaphore(_QUESTIONS)
+        self._questions_of: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+        self._dialogs: Counter[int] = Counter()
 
     def may_read_at_once(self, sender: str) -> bool:
         """See Authority.may_read_at_once."""
@@ -123,8 +144,14 @@ class Polkit:
             "requester_sid": requester.sid,
         }
         if not request.name:
-            details |= {"polkit.message": _UNNAMED, "polkit.gettext_domain": _TRANSLATIONS}
-        allowed, challenge = await self._ask(request, action, details)
+            details["polkit.message"] = _UNNAMED[request.access]
+            details["polkit.gettext_domain"] = _TRANSLATIONS
+        mine = self._questions_of.setdefault(caller.uid, asyncio.Semaphore(_QUESTIONS_PER_USER))
+        async with mine, self._questions:
+            allowed, challenge = await self._ask(request, action, details, interactive=False)
+        if challenge and request.interactive:
+            with self._dialog(caller.uid):
+                allowed, _ = await self._ask(request, action, details, interactive=True)
         if allowed:
             return
         if challenge and not request.interactive:
@@ -133,8 +160,19 @@ class Polkit:
             )
         raise AccessDenied(f"polkit does not allow {action} for {request.verb!r}")
 
+    @contextlib.contextmanager
+    def _dialog(self, uid: int) -> Iterator[None]:
+        """Count a dialog of a user's. Raises LimitExceeded."""
+        if self._dialogs[uid] >= _DIALOGS_PER_USER or self._dialogs.total() >= _DIALOGS:
+            raise LimitExceeded("there are too many dialogs open; answer some of them first")
+        self._dialogs[uid] += 1
+        try:
+            yield
+        finally:
+            self._dialogs -= Counter([uid])
+
     async def _ask(
-        self, request: Request, action: str, details: dict[str, str]
+        self, request: Request, action: str, details: dict[str, str], *, interactive: bool
     ) -> tuple[bool, bool]:
         """Whether it is allowed, and whether the user could be asked. Raises AccessDenied."""
         cancellation = f"vmbus-{next(self._numbers)}"
@@ -142,10 +180,10 @@ class Polkit:
             ["system-bus-name", {"name": Variant("s", request.sender)}],
             action,
             details,
-            _ALLOW_INTERACTION if request.interactive else 0,
+            _ALLOW_INTERACTION if interactive else 0,
             cancellation,
         ]
-        asking = asyncio.ensure_future(self._call(question, request))
+        asking = asyncio.ensure_future(self._call(question, interactive=interactive))
         whichever: list[asyncio.Future[Any]] = [asking, request.gone]
         if request.vm is not None:
             whichever.append(request.vm.forgotten)
@@ -161,7 +199,7 @@ class Polkit:
                 asking.cancel()
                 self._cancel(cancellation)
 
-    async def _call(self, question: Sequence[Any], request: Request) -> tuple[bool, bool]:
+    async def _call(self, question: Sequence[Any], *, interactive: bool) -> tuple[bool, bool]:
         try:
             reply = await self._connection.call(
                 POLKIT,
@@ -171,7 +209,7 @@ class Polkit:
                 _CHECK,
                 question,
                 # A user may take any time; a polkit that hangs then holds up this call alone.
-                timeout=None if request.interactive else POLKIT_TIMEOUT,
+                timeout=None if interactive else POLKIT_TIMEOUT,
             )
         except (RemoteError, OSError, WireError) as error:
             if isinstance(error, TimeoutError):
