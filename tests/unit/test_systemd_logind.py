@@ -199,16 +199,23 @@ async def test_closing_releases_the_lock(logind: Logind) -> None:
 async def test_a_lock_that_is_refused_is_told_of_and_no_more(
     bare: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The service serves without it."""
+    """The service serves without it; and once it is released, nobody asks for it again."""
     caplog.set_level(logging.INFO)
 
     def refuse(_: Message) -> NoReturn:
         raise Refused(STANDARD_ERROR + "AccessDenied")
 
-    async with service(bare) as told, standin(bare, LOGIND, refuse) as refusing:
-        await refusing.until_called("Inhibit")
-        for each in (refusing, told):  # the refusal is sent, and has come
-            await each.connection.call_bus("GetId", "", [])
-        assert not told.inhibitor.held
+    async with service(bare) as told:
+        async with standin(bare, LOGIND, refuse) as refusing:
+            await refusing.until_called("Inhibit")
+            for each in (refusing, told):  # the refusal is sent, and has come
+                await each.connection.call_bus("GetId", "", [])
+            assert not told.inhibitor.held
+        told.inhibitor.release()
+        async with standin(bare, LOGIND, refuse) as again:
+            # It has heard of a new logind, and what it sent then has come, before this is answered.
+            for each in (told, told, again):
+                await each.connection.call_bus("GetId", "", [])
+            assert again.calls == []
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "a shutdown won't wait for VMs to end" in caplog.text
