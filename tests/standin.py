@@ -28,11 +28,19 @@ class StandIn:
         self.connection = connection
         self.answer = answer
         self.calls: list[tuple[Any, ...]] = []
+        #: Unique names of callers who are refused, and whose calls aren't noted.
+        self.refused: set[str] = set()
         self._called = asyncio.Event()
         connection.handler = self._handle
 
     def _handle(self, message: Message) -> None:
         if message.kind is not Kind.CALL:
+            return
+        if message.sender in self.refused:
+            refusal = Message(kind=Kind.ERROR, destination=message.sender)
+            refusal.reply_serial = message.serial
+            refusal.error_name = "org.freedesktop.DBus.Error.AccessDenied"
+            self.connection.send(refusal)
             return
         self.calls.append((message.member, *plain(message.body)))
         reply = Message(kind=Kind.RETURN, destination=message.sender, reply_serial=message.serial)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.polkit import AUTHORITY, AUTHORITY_INTERFACE, AUTHORITY_PATH, Polkit, caller
-from tests.rig import DEADLINE, ROOT, Client, Rig, Service, client, guest, plain
+from tests.rig import BUS, DEADLINE, ROOT, Client, Rig, Service, client, guest, plain
 from tests.standin import Refused, StandIn, Systemd, standin, systemd
 from vmbus.bus.wire import Message, Variant
 from vmbus.events import Snapshot
@@ -134,6 +134,9 @@ async def host(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
             starts = [call for call in manager.calls if call[0] == "StartTransientUnit"]
             return any(call[1] == name and pid in dict(call[3])["PIDs"] for call in starts)
 
+        # On a session bus the service itself would ask for scopes.
+        (owner,) = await manager.connection.call_bus("GetNameOwner", "s", [BUS])
+        manager.refused.add(owner)
         monkeypatch.setattr(machined, "_in_unit", in_unit)
         yield Host(rig, manager, answers, known, guest(rig.directory))
 

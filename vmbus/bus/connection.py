@@ -50,6 +50,8 @@ class Connection:
         loop = asyncio.get_running_loop()
         self.unique_name = unique_name
         self.handler: Callable[[Message], None] = _ignore
+        #: Called for every call that comes, and for everything that goes.
+        self.used: Callable[[], None] = _nothing
         #: Resolved with None, or the error, when the connection is gone.
         self.closed: asyncio.Future[Exception | None] = loop.create_future()
         self._serial = 1
@@ -73,6 +75,7 @@ class Connection:
 
         The descriptors in it must stay open until `sent` is called.
         """
+        self.used()
         message.serial = self.next_serial()
         self._stream.write(wire.encode(message), message.fds, sent)
 
@@ -176,6 +179,8 @@ class Connection:
         reply.set_result(message)
 
     def _on_call_or_signal(self, frame: Frame) -> None:
+        if frame.data[1] == Kind.CALL:
+            self.used()
         if frame.oversized:
             limit = MAX_INCOMING // 1024
             self._refuse(frame, LimitExceeded(f"a message can have at most {limit} KiB"))
@@ -222,6 +227,10 @@ class Connection:
             async with asyncio.timeout(BUS_TIMEOUT):
                 await self._stream.flush()
         self._stream.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _ignore(message: Message) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from ..errors import (
@@ -47,12 +47,14 @@ class Gate:
         authority: Authority,
         peers: Peers,
         limits: Limits,
+        on_signal: Callable[[Message], None] = lambda _: None,
     ) -> None:
         self._connection = connection
         self._service = service
         self._authority = authority
         self._peers = peers
         self._limits = limits
+        self._on_signal = on_signal
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_sender: Counter[str] = Counter()
         #: Those of them whose user isn't known yet.
@@ -64,6 +66,7 @@ class Gate:
         """Take one message. Reads are answered at once, the rest in a task of its own."""
         if message.kind is not Kind.CALL:
             self._peers.on_signal(message)
+            self._on_signal(message)
             _close(message.fds)
             return
         try:
@@ -88,6 +91,11 @@ class Gate:
         except Exception as error:
             self._fail(message, error)
             _close(message.fds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self._tasks)
 
     async def aclose(self) -> None:
         """Answer what is under way, and what still comes, with an error.

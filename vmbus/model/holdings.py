@@ -19,6 +19,11 @@ class Holdings:
         self._vmm = f"vm-{id}-vmm"
         self._files = {f"vm-{id}-file-{n}": file for n, file in enumerate(config.files())}
 
+    @property
+    def fleeting(self) -> bool:
+        """Whether something is open that would be lost with the service."""
+        return not self._keep.lasting and any(file.fd >= 0 for file in self._files.values())
+
     def store(self) -> None:
         """Have the files outlive the service, where there is a place for that."""
         for name, file in self._files.items():

@@ -134,6 +134,9 @@ class Ledger:
         if told:
             self._call(self._around.observer.changed, self, told)
 
+    def _log(self, event: str, text: str) -> None:
+        log.info("VM %s %s", self.identity.name, text, extra={"vm": self.identity, "event": event})
+
     def _call(self, function: Callable[..., _T], *args: Any) -> _T | None:
         """Call out of here: what fails there must not leave a VM neither alive nor dead."""
         try:

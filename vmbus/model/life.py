@@ -99,6 +99,13 @@ class Life(Ledger):
         self._console.close()
         self.config.close()
 
+    @property
+    def needs_service(self) -> bool:
+        """Whether it would lose something without a service: its end told, or what is kept open."""
+        if self.over:
+            return False
+        return self.alive or self.config.kill_on_disconnect or self.holdings.fleeting
+
     # The task
 
     def _begin_life(self, beginning: Callable[[], Awaitable[str]]) -> asyncio.Task[None]:
@@ -161,6 +168,7 @@ class Life(Ledger):
             if self.state is State.STARTING:
                 memory = self.config.memory_mib << 20
                 self._change(Event.ANSWERED, started=now(), memory_actual=memory)
+                self._log("started", f"runs in process {self.pid}")
             self._controls.answered(control)
             self._answered.set()
         return words
@@ -184,6 +192,7 @@ class Life(Ledger):
             last_words="" if self.started and reason in ORDERLY else said,
             memory_actual=0,
         )
+        self._log("died", f"has died: {reason}" + (f" ({said})" if said else ""))
         self._have_died()
 
     def _have_died(self) -> None:

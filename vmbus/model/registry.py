@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 from collections import deque
 from collections.abc import Collection, Coroutine, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from .machine import Machine
 from .record import Record
 from .state import State
 from .surroundings import Surroundings
+
+log = logging.getLogger(__name__)
 
 FIRST_CID = 2048
 LAST_CID = 65535
@@ -180,6 +183,12 @@ class Registry:
             raise
         vm.holdings.store()
         self._enter(vm)
+        log.info(
+            "VM %s created for uid %d",
+            identity.name,
+            requester.uid,
+            extra={"vm": identity, "event": "created"},
+        )
         self._around.observer.added(vm)
         return vm
 
@@ -244,6 +253,11 @@ class Registry:
         task = asyncio.create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    @property
+    def needs_us(self) -> bool:
+        """Whether a VM would fare worse if the service ended until it is called again."""
+        return any(vm.needs_service for vm in self)
 
     async def stop_all(self, timeout: float) -> None:
         """End all VMs at once, each in good order while there is time (s)."""

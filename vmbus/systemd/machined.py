@@ -31,8 +31,6 @@ from .units import Bounds, Units, scope_name
 log = logging.getLogger("vmbus-machined")
 
 MACHINED = "org.freedesktop.machine1"
-#: What a VMM may take, in bytes, besides its guest's memory and an eighth of that.
-_ALLOWANCE = 512 << 20
 _MAX_NAME = 64
 
 
@@ -74,7 +72,9 @@ class Machines:
                 log.warning("VM %s: process %d isn't there, or isn't the service's", vm.name, pid)
                 return
             scope = scope_name(vm.id)
-            await self._units.scope(scope, f"Virtual machine {vm.name}", [pid], _bounds(vm))
+            await self._units.scope(
+                scope, f"Virtual machine {vm.name}", [pid], Bounds.of_vm(vm.memory_mib, vm.cpus)
+            )
             # systemd went by the number. What has it now is the VMM only if that runs still; else
             # it is left alone, whatever unit it is in.
             if not _in_unit(pid, scope) or _has_ended(process):
@@ -99,12 +99,6 @@ def machine_name(vm: Snapshot) -> str:
     """What machinectl calls a VM: a host name that no container is likely to want, and unique."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", vm.name)
     return f"vmbus-{vm.id}-{plain}"[:_MAX_NAME].rstrip("-")
-
-
-def _bounds(vm: Snapshot) -> Bounds:
-    """The bounds of a VM: its share of scarce CPUs grows with those that it has."""
-    memory = vm.memory_mib << 20
-    return Bounds(memory=memory + memory // 8 + _ALLOWANCE, cpu_weight=100 * max(1, vm.cpus))
 
 
 @contextlib.contextmanager

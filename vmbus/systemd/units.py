@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 SYSTEMD = "org.freedesktop.systemd1"
 SLICE = "vmbus.slice"
 _MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
+#: What a VMM may take, in bytes, besides its guest's memory and an eighth of that.
+_ALLOWANCE = 512 << 20
 #: Seconds that a job may take. Stopping takes what the processes take to end, or be killed.
 _JOB_TIMEOUT = 20.0
 _STOP_TIMEOUT_USEC = 5_000_000
@@ -44,6 +46,12 @@ class Bounds:
     cpu_weight: int | None = None
     cpu_quota: float | None = None
     tasks: int | None = None
+
+    @classmethod
+    def of_vm(cls, memory_mib: int, cpus: int) -> Bounds:
+        """What fits a VM: its share of scarce CPUs grows with those that it has."""
+        memory = memory_mib << 20
+        return cls(memory=memory + memory // 8 + _ALLOWANCE, cpu_weight=100 * max(1, cpus))
 
     def properties(self) -> Iterator[list[Any]]:
         """Each as systemd has it."""
@@ -74,6 +82,11 @@ class Units:
         self._jobs: dict[str, asyncio.Future[str]] = {}
         self._said: set[str] = set()
         self.on_signal = self._manager.take
+
+    @property
+    def present(self) -> bool:
+        """Whether there is a service manager."""
+        return bool(self._manager.owner)
 
     async def watch(self) -> None:
         """Begin to hear of jobs that end. Raises RemoteError or OSError."""
