@@ -58,6 +58,12 @@ _SYSTEM_BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
   </policy>
   <includedir>{policy}</includedir>
   <include ignore_missing="yes">/usr/share/dbus-1/system.d/org.freedesktop.PolicyKit1.conf</include>
+  <policy context="default">
+    <allow send_destination="org.freedesktop.login1"/>
+  </policy>
+  <policy user="root">
+    <allow own="org.freedesktop.login1"/>
+  </policy>
 </busconfig>
 """
 
@@ -186,6 +192,20 @@ def _toml(value: object) -> str:
     return json.dumps(value)
 
 
+# What a service manager does between fork and exec.
+_HAND_OVER = """
+import os, sys
+fds = [int(fd) for fd in sys.argv[1].split(",")]
+for number, fd in enumerate(fds):
+    os.dup2(fd, 1000 + number)
+for number in range(len(fds)):
+    os.dup2(1000 + number, 3 + number)
+os.closerange(3 + len(fds), 2000)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class Service:
     """A vmbusd on a rig's bus; of the user `user`, if that is named."""
 
@@ -196,6 +216,7 @@ class Service:
         environment: Mapping[str, str] | None = None,
         *,
         user: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.rig = rig
         self.number = len(rig.services)
@@ -203,6 +224,7 @@ class Service:
         self.runtime = rig.directory / f"run{self.number}"
         self.log = rig.directory / f"vmbusd{self.number}.log"
         self.argv = vmbusd(rig.directory, f"{self.number}", settings, user=not rig.system)
+        self.argv += options
         self.environment = {**rig.environment, "PYTHONWARNINGS": "error", **(environment or {})}
         if user is not None:
             self.argv.remove("--allow-root")
@@ -211,14 +233,20 @@ class Service:
         self._user = user
         self.start()
 
-    def start(self, *program: str | Path, **environment: str) -> None:
+    def start(
+        self, *program: str | Path, kept: Mapping[str, int] | None = None, **environment: str
+    ) -> None:
         """Start it, with the state that one before it may have left, and wait for its name.
 
-        program: what to run in place of the daemon's own module.
+        program: what to run in place of the daemon's own module. kept: descriptors to hand over, as
+        a service manager does.
         """
         argv = self.argv
         if program:
             argv = [sys.executable, *map(str, program), *self.argv[3:]]
+        if kept:
+            argv = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, kept.values())), *argv]
+            environment["LISTEN_FDNAMES"] = ":".join(kept)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 argv,
@@ -230,6 +258,7 @@ class Service:
                 user=self._user,
                 group=self._user,
                 extra_groups=None if self._user is None else [],
+                pass_fds=tuple((kept or {}).values()),
             )
         self._wait_for_name()
 
@@ -368,6 +397,10 @@ class Client:
     async def until_state(self, path: str, state: str) -> None:
         """Wait for a PropertiesChanged that says so."""
         await self.until(lambda m: m.path == path and plain(m.body).count({"State": state}))
+
+    async def until_stopping(self, path: str) -> None:
+        """Wait until the VM is said to be about to end."""
+        await self.until_state(path, "stopping")
 
     async def died(self, path: str) -> list[Any]:
         """The arguments of a VM's Died."""

@@ -361,8 +361,11 @@ async def _live(bus: Client, kernel: Path, how: str) -> None:
     elif how == "killed":
         await bus.vm(path, "Kill")
     elif how == "ended":
-        async with refused(f"{ERROR}ControlFailed"):
+        try:
             await bus.vm(path, "Suspend")
+        except RemoteError as error:
+            if error.name in GONE:
+                raise
     await bus.vm(path, "Wait")
     await bus.vm(path, "Remove")
 

@@ -237,7 +237,11 @@ def test_bus_policy_lets_only_the_service_and_root_own_the_name() -> None:
 def test_bus_policy_allows_nothing_that_the_contract_does_not_name() -> None:
     policies = _bus_policies()
     rules = policies.pop("context=default")
-    assert {len(other) for other in policies.values()} == {1}
+    own = ("allow", {"own": "org.vmbus1"})
+    assert policies["user=vmbus"] == [own]
+    # Root's signals too, or nobody would be told that the host shuts down.
+    signals = {"send_destination": "org.vmbus1", "send_type": "signal"}
+    assert policies["user=root"] == [own, ("allow", signals)]
     # The last rule that matches holds, so the denial must come first.
     assert rules[1] == ("deny", {"send_destination": "org.vmbus1"})
     allowed = [attributes for tag, attributes in rules if tag == "allow"]

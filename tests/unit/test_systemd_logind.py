@@ -5,59 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
-from tests.rig import DEADLINE, STANDARD_ERROR, Rig, client, plain
+from tests.logind import Logind
+from tests.rig import DEADLINE, STANDARD_ERROR, Rig, client
 from tests.standin import Refused, standin
 from vmbus.bus.connection import Connection
-from vmbus.bus.wire import Kind, Message, Variant
+from vmbus.bus.wire import Kind, Message
 from vmbus.systemd.logind import LOGIND, Inhibitor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 PATH = "/org/freedesktop/login1"
 MANAGER = f"{LOGIND}.Manager"
 MOCK = "org.freedesktop.DBus.Mock"
-
-
-class Logind:
-    """A logind that runs, and what is asked of it from outside."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        command = [sys.executable, "-m", "dbusmock", "--session", "--template", "logind"]
-        self._process = subprocess.Popen(command, env=rig.environment, stdout=subprocess.DEVNULL)
-        done = rig.command("gdbus", "wait", "--session", LOGIND)
-        assert done.returncode == 0, done.stderr
-
-    async def call(self, interface: str, member: str, signature: str = "", *body: Any) -> Any:
-        async with client(self.rig) as outside:
-            target = (LOGIND, PATH, interface, member)
-            return plain((await outside.connection.call(*target, signature, body)).body)
-
-    async def locks(self) -> list[Any]:
-        """Those that are held: what, who, why and how."""
-        (found,) = await self.call(MANAGER, "ListInhibitors")
-        return [each[:4] for each in found]
-
-    async def until(self, count: int) -> None:
-        """Wait until so many are held: it hears of an end by its own pipe."""
-        async with asyncio.timeout(DEADLINE):
-            while len(await self.locks()) != count:
-                pass
-
-    async def prepare(self, *, begins: bool) -> None:
-        """The host is about to shut down, or does not after all."""
-        body = [MANAGER, "PrepareForShutdown", "b", [Variant("b", begins)]]
-        await self.call(MOCK, "EmitSignal", "sssav", *body)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
