@@ -125,6 +125,13 @@ class VMBus:
             raise NoSuchVM(f"there is no VM {called}") from None
         return vm
 
+    async def stop_all(self, timeout: float | None = None) -> None:
+        """End all VMs, whoever created them, each as VM.stop does; return when all are dead.
+
+        timeout: as VM.stop has it.
+        """
+        await self._call(ROOT_PATH, MANAGER, "StopAll", _usec(timeout), lasts=True)
+
     async def events(self, *, end_with_service: bool = False) -> Events:
         """All that happens to VMs from now on, until its `aclose`. See Events."""
         events = Events(self._forget, with_service=end_with_service)
@@ -206,11 +213,7 @@ class VM:
 
     async def stop(self, timeout: float | None = None) -> None:
         """End it in good order, by force after `timeout` seconds; None: as the service is set."""
-        if timeout is not None and not (math.isfinite(timeout) and 0 <= timeout < 1e12):
-            raise InvalidArgs(f"the time-out can't be {timeout} s")
-        # On the wire 0 is the service's own time-out.
-        usec = 0 if timeout is None else max(1, int(timeout * 1e6))
-        await self._call("Stop", usec, lasts=True)
+        await self._call("Stop", _usec(timeout), lasts=True)
 
     async def kill(self) -> None:
         """End it at once; return when it is dead."""
@@ -262,3 +265,10 @@ class VM:
 
     async def _call(self, member: str, *args: Any, lasts: bool = False) -> Message:
         return await self._bus._call(self.path, VIRTUAL_MACHINE, member, *args, lasts=lasts)
+
+
+def _usec(timeout: float | None) -> int:
+    """A time-out as it is on the wire, where 0 is the service's own."""
+    if timeout is not None and not (math.isfinite(timeout) and 0 <= timeout < 1e12):
+        raise InvalidArgs(f"the time-out can't be {timeout} s")
+    return 0 if timeout is None else max(1, int(timeout * 1e6))

@@ -36,17 +36,29 @@ async def start(options: Options, names: tuple[str, ...]) -> int:
     return await _for_each(options, names, "Starting", VM.start)
 
 
-@command()
-@names_argument
-@click.option(
+timeout_option = click.option(
     "--timeout",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
     help="How long a guest may take before it is killed.  [default: as the service is set]",
 )
+
+
+@command()
+@names_argument
+@timeout_option
 async def stop(options: Options, names: tuple[str, ...], timeout: float | None) -> int:
     """Stop VMs in good order."""
     return await _for_each(options, names, "Stopping", lambda vm: vm.stop(timeout))
+
+
+@command(name="shutdown-all")
+@timeout_option
+async def shutdown_all(options: Options, timeout: float | None) -> None:
+    """Stop all VMs in good order, whoever created them, as for a shutdown of the host."""
+    async with connect(options) as bus:
+        with progress("Stopping all VMs"):
+            await bus.stop_all(timeout)
 
 
 @command()
@@ -119,4 +131,4 @@ def _result(name: str, failure: Failure | None) -> dict[str, Any]:
     return {"name": name, "ok": failure is None, "error": failure and failure.reason}
 
 
-COMMANDS = (create, start, suspend, resume, stop, kill, remove, wait)
+COMMANDS = (create, start, suspend, resume, stop, kill, remove, wait, shutdown_all)
