@@ -10,6 +10,7 @@ packages=(
     dbus
     dbus-bin
     dbus-daemon
+    groff-base # the manual pages' tests
     libglib2.0-bin # gdbus
     libxml2-utils  # xmllint
     polkitd
@@ -78,7 +79,7 @@ make_venv() {
 
 # Files only: running Python from the source tree changes the directories.
 sources() {
-    find pyproject.toml meson.build vmbus data -name __pycache__ -prune -o -type f "$@" |
+    find pyproject.toml meson.build meson_options.txt vmbus data man -name __pycache__ -prune -o -type f "$@" |
         LC_ALL=C sort
 }
 
