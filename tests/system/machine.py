@@ -34,8 +34,8 @@ class Machine:
         command += ["--notify-ready=yes", "--kill-signal=SIGKILL"]
         command += [f"--directory={DEBIAN}", f"--bind-ro={GUEST}:/guest"]
         command += [f"--bind-ro={packages}:/packages"]
-        self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notified.bind(str(directory / "notify"))
+        notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notified.bind(str(directory / "notify"))
         self._process = subprocess.Popen(
             command,
             env={**os.environ, "NOTIFY_SOCKET": str(directory / "notify")},
@@ -43,26 +43,27 @@ class Machine:
             stdout=self._console,
             stderr=self._console,
         )
-        self._leader = ""
         try:
-            self._until_booted()
+            # Then closed: nspawn, and systemd with it, would wait for one who does not read on.
+            with notified:
+                self._leader = self._until_booted(notified)
         except BaseException:
             self.close()
             raise
 
-    def _until_booted(self) -> None:
-        """Hear from nspawn who the container's leader is, then that it is up. Raises CannotBoot."""
+    def _until_booted(self, notified: socket.socket) -> str:
+        """Hear from nspawn that the container is up, and who its leader is. Raises CannotBoot."""
         ended = os.pidfd_open(self._process.pid)
         try:
             told: dict[str, str] = {}
             while "READY" not in told:
-                ready, _, _ = select.select([self._notified.fileno(), ended], [], [], DEADLINE)
-                if self._notified.fileno() not in ready:
+                ready, _, _ = select.select([notified.fileno(), ended], [], [], DEADLINE)
+                if notified.fileno() not in ready:
                     last = self.console.strip().splitlines()[-1:] or ["it hangs"]
                     raise CannotBoot(last[0])
-                lines = self._notified.recv(4096).decode().splitlines()
+                lines = notified.recv(4096).decode().splitlines()
                 told |= {key: value for key, _, value in (line.partition("=") for line in lines)}
-            self._leader = told["X_NSPAWN_LEADER_PID"]
+            return told["X_NSPAWN_LEADER_PID"]
         finally:
             os.close(ended)
 
@@ -117,7 +118,6 @@ class Machine:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(DEADLINE)
-        self._notified.close()
         self._console.close()
 
 
