@@ -1,14 +1,16 @@
 # The front door. Each target first makes ready what it needs; what needs root is asked for.
 
-.PHONY: help demo test check guest format clean
+.PHONY: help demo test test-system check deb guest format clean
 
 help:
-	@echo "make demo    watch real guests be created, started, seen on the bus and die"
-	@echo "make test    run all tests"
-	@echo "make check   run the linters and the type checker"
-	@echo "make format  format the code"
-	@echo "make guest   build the Linux guest that the demo and the tests boot"
-	@echo "make clean   remove what the others made"
+	@echo "make demo        watch real guests be created, started, seen on the bus and die"
+	@echo "make test        run the tests"
+	@echo "make test-system run those that install the package into a Debian and boot it"
+	@echo "make check       run the linters and the type checker"
+	@echo "make deb         build the Debian package, in build/deb"
+	@echo "make format      format the code"
+	@echo "make guest       build the Linux guest that the demo and the tests boot"
+	@echo "make clean       remove what the others made"
 
 ready:
 	@tools/bootstrap.sh
@@ -33,6 +35,14 @@ user:
 	  $(SUDO) useradd --system --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin vmbus; }
 .PHONY: user
 
+test-system: ready guest deb
+	@[ -z "$(SUDO)" ] || echo "==> making a Debian and booting it needs root"
+	$(SUDO) tools/make-root
+	$(SUDO) .venv/bin/pytest tests/system
+
+deb:
+	@tools/make-deb
+
 check: ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -40,11 +50,12 @@ check: ready
 	xmllint --noout --nonet data/dbus-1/interfaces/*.xml data/dbus-1/system.d/*.conf data/polkit-1/actions/*.policy
 	@rm -rf build/meson
 	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python -m mesonbuild.mesonmain setup --fatal-meson-warnings build/meson >build/meson.log || { cat build/meson.log; exit 1; }
-	@echo "make check: all fine"
+	@echo "make check:      all fine"
 
 format: ready
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# The Debian that the system tests boot is root's.
 clean:
-	rm -rf build .venv
+	rm -rf build .venv 2>/dev/null || $(SUDO) rm -rf build .venv

@@ -10,7 +10,8 @@ packages=(
     dbus
     dbus-bin
     dbus-daemon
-    gettext        # msgfmt
+    gettext    # msgfmt
+    groff-base # the manual pages' tests
     libglib2.0-bin # gdbus
     libxml2-utils  # xmllint
     polkitd
@@ -79,7 +80,7 @@ make_venv() {
 
 # Files only: running Python from the source tree changes the directories.
 sources() {
-    find pyproject.toml meson.build vmbus data -name __pycache__ -prune -o -type f "$@" |
+    find pyproject.toml meson.build meson_options.txt vmbus data man -name __pycache__ -prune -o -type f "$@" |
         LC_ALL=C sort
 }
 

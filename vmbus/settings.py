@@ -29,15 +29,20 @@ def _whole_host() -> Limit:
 
 
 class LimitSettings(BaseModel):
-    """The table `limits`. Memory is in MiB and counts for VMs that run; default: the host's."""
+    """The table `limits`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vms: Limit = Limit(per_user=1000, in_all=4000)
+    """VMs that exist."""
     memory: Limit = Field(default_factory=_whole_host)
+    """MiB of memory in VMs that run. By default all that the host has."""
     calls: Limit = Limit(per_user=1000, in_all=4000)
+    """Calls under way at one time, a Wait among them."""
     consoles: Limit = Limit(per_user=200, in_all=2000)
+    """Consoles that are open."""
     files: Limit = Limit(per_user=2000, in_all=8000)
+    """Files held for VMs that have not been started."""
 
 
 class Settings(BaseModel):
