@@ -194,14 +194,36 @@ class FakeBus:
             await self.send(answer)
         await self.answer("Hello", "s", [":1.0"])
 
+    async def begin(self) -> None:
+        """Let a service in, and have it own its name, as far as it asks by itself."""
+        await self.accept()
+        answers = {"AddMatch": ("", []), "RequestName": ("u", [1]), "GetId": ("s", ["0" * 32])}
+        while (call := await self._call()).member in answers:
+            await self._reply(call, *answers[call.member])
+        # The last it wants to know is whether there is a systemd on the bus, and there is none.
+        assert call.member == "GetNameOwner"
+        await self._reply(call, "s", ["nobody"], error="org.freedesktop.DBus.Error.NameHasNoOwner")
+
     async def answer(self, member: str, signature: str, values: Sequence[Any]) -> None:
         """Wait for this call to the bus, which must come next but for signals, and answer it."""
+        call = await self._call()
+        assert call.member == member
+        await self._reply(call, signature, values)
+
+    async def _call(self) -> Message:
         while (message := await self.receive()).kind is Kind.SIGNAL:
             pass
-        assert message.member == member
-        fields = [(frames.REPLY_SERIAL, message.serial), (frames.SIGNATURE, signature)]
+        return message
+
+    async def _reply(
+        self, call: Message, signature: str, values: Sequence[Any], *, error: str = ""
+    ) -> None:
+        fields = [(frames.REPLY_SERIAL, call.serial), (frames.SIGNATURE, signature)]
+        if error:
+            fields.append((frames.ERROR_NAME, error))
         body = frames.body_of(signature, values)
-        await self.send(frames.frame(frames.RETURN, [*fields, (frames.SENDER, BUS_NAME)], body))
+        kind = frames.ERROR if error else frames.RETURN
+        await self.send(frames.frame(kind, [*fields, (frames.SENDER, BUS_NAME)], body))
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         assert self._sock is not None

@@ -427,7 +427,7 @@ async def refused(name: str) -> AsyncIterator[list[str]]:
     try:
         yield texts
     except RemoteError as error:
-        if error.name in GONE:
+        if error.name in GONE - {name}:
             raise  # the service did not refuse it, but died over it
         assert error.name == name, f"{error.name}: {error.text}"
         texts.append(error.text)

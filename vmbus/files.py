@@ -79,7 +79,9 @@ class OpenFile:
 
     def facts(self) -> dict[str, object]:
         """What is to be known of it where it can't be held."""
-        return {name: getattr(self, name) for name in ("name", "writable", "size", "held")}
+        # A path may be any bytes, which text can't have as they are.
+        name = os.fsencode(self.name).decode("latin-1")
+        return {"name": name, "writable": self.writable, "size": self.size, "held": self.held}
 
     @classmethod
     def lost(cls, facts: object) -> OpenFile:
@@ -88,7 +90,7 @@ class OpenFile:
             raise TypeError("what is known of a file must be a mapping")
         known = dict(facts)
         held = known.pop("held")
-        file = cls(-1, **known)
+        file = cls(-1, os.fsdecode(str(known.pop("name")).encode("latin-1")), **known)
         file.held = bool(held)
         return file
 

@@ -57,13 +57,14 @@ def death_reason(
     asked_for: why it was asked to end in good order, if it was. killed_for: why it was, or was
     about to be, sent SIGKILL.
     """
+    if status is None:
+        # What was begun with it has most likely come to its end.
+        unseen = asked_for or (Reason.UNKNOWN if ran else Reason.START_FAILED)
+        return told or killed_for or unseen
     if killed_for is not None and status == -signal.SIGKILL:
         return killed_for
     if not ran:
         return Reason.START_FAILED
-    if status is None:
-        # What was begun with it has most likely come to its end.
-        return told or killed_for or asked_for or Reason.UNKNOWN
     if status < 0 and told is None:
         return Reason.CRASH if status in _OWN_FAULTS else Reason.SIGNAL
     reason = told or (Reason.SHUTDOWN if status == 0 else Reason.CRASH)

@@ -58,6 +58,8 @@ async def serve(
             try:
                 await server.begin()
                 await server.run(exit_on_idle)
+            except (OSError, RemoteError) as error:
+                raise Failure(f"the connection to the bus is gone: {error}") from error
             finally:
                 await server.aclose()
 
@@ -125,7 +127,7 @@ class Server:
         try:
             while not await self._ends(idle):
                 # A call may have come in the moment before the name was given back.
-                await self._give_name_back()
+                await self._connection.call_bus("ReleaseName", "s", [BUS_NAME])
                 if self._may_go():
                     log.info("nothing to do")
                     return
@@ -172,28 +174,19 @@ class Server:
             )
         except RemoteError as error:
             raise Failure(f"the bus does not let us own {BUS_NAME}: {error.text}") from error
-        except OSError as error:
-            raise Failure(f"the connection to the bus is gone: {error}") from error
         if answer != _PRIMARY_OWNER:
             raise Failure(f"{BUS_NAME} is owned by another process already")
 
-    async def _give_name_back(self) -> None:
-        try:
-            await self._connection.call_bus("ReleaseName", "s", [BUS_NAME])
-        except (RemoteError, OSError) as error:
-            raise Failure(f"the connection to the bus is gone: {error}") from error
-
     async def _restore(self) -> None:
         """Take over what the service before us left. Nothing is awaited once it is there."""
+        (bus,) = await self._connection.call_bus("GetId", "", [])
+        kept = self._systemd.inherited()
         try:
-            (bus,) = await self._connection.call_bus("GetId", "", [])
-            kept = self._systemd.inherited()
-            try:
-                self._registry.restore(bus, kept)
-            finally:
-                self._systemd.drop(kept)
-        except (OSError, RemoteError) as error:
+            self._registry.restore(bus, kept)
+        except OSError as error:
             raise Failure(f"can't take over the VMs of a service before us: {error}") from error
+        finally:
+            self._systemd.drop(kept)
 
     async def _watch_requesters(self) -> None:
         """VMs that go with the connection that created them still do, or have to go now."""

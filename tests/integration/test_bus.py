@@ -691,9 +691,7 @@ CREDENTIALS = {"UnixUserID": Var("u", os.getuid()), "ProcessID": Var("u", 1)}
 
 async def let_serve(fake: FakeBus) -> None:
     """Let it own its name, and let it know who :1.7 is."""
-    await fake.accept()
-    await fake.answer("AddMatch", "", [])
-    await fake.answer("RequestName", "u", [1])
+    await fake.begin()
     await fake.send(frames.call("/", PEER, "Ping", sender=":1.7"))
     await fake.answer("GetConnectionCredentials", "a{sv}", [CREDENTIALS])
     while (await fake.receive()).kind is not Kind.RETURN:
@@ -711,7 +709,7 @@ async def test_a_bus_that_does_not_read_gets_everything_in_order(
         )
         await fake.send(call)
     # All VMs are there, and the socket has long been full, before anything is read.
-    await until_entries(on_fake.runtime / "vm", 600)
+    await until_entries(on_fake.runtime / "vm", 601)
     added: list[int] = []
     answered: list[int] = []
     while len(answered) < 600:
@@ -764,9 +762,7 @@ async def test_garbage_from_the_bus_is_refused(on_fake: Started, fake: FakeBus) 
 
 
 async def test_whom_the_bus_does_not_vouch_for_is_denied(on_fake: Started, fake: FakeBus) -> None:
-    await fake.accept()
-    await fake.answer("AddMatch", "", [])
-    await fake.answer("RequestName", "u", [1])
+    await fake.begin()
     stranger = {"UnixUserID": Var("u", os.getuid() + 1)}
     for sender, found in ((":1.8", {}), (":1.9", stranger)):
         await fake.send(frames.call(MANAGER_PATH, MANAGER, "List", sender=sender, serial=5))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from vmbus.errors import VMMUnavailable
 from vmbus.files import FilePolicy
@@ -16,7 +20,8 @@ from vmbus.model.identity import Identity, Observer, Requester
 from vmbus.model.limits import Limits, Shares
 from vmbus.model.machine import Machine
 from vmbus.model.record import Store
-from vmbus.model.surroundings import Surroundings
+from vmbus.model.registry import Registry
+from vmbus.model.surroundings import Keep, NoKeep, Surroundings
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
 from vmbus.spec import VMConfig, parse_config
@@ -177,10 +182,9 @@ class Recorder:
         self._tell(vm, f"changed {' '.join(shown)}")
 
     def died(self, vm: Machine) -> None:
-        try:
-            self._tell(vm, f"died {vm.reason} {vm.status}")
-        finally:
-            vm.death_was_told()
+        # As with the bus: it is known to be told in a moment, and also where telling it failed.
+        asyncio.get_running_loop().call_soon(vm.death_was_told)
+        self._tell(vm, f"died {vm.reason} {vm.status}")
 
     def removed(self, vm: Machine) -> None:
         self._tell(vm, f"removed {vm.identity.name}")
@@ -241,7 +245,140 @@ class FakeHost(Host):
     async def kvm_problem(self) -> str:
         return "there is none"
 
+    def driver_named(self, name: str) -> Driver:
+        assert self.fake is not None
+        assert self.fake.name == name
+        return self.fake
+
     async def driver(self, config: VMConfig) -> Driver:
         if self.fake is None:
             raise VMMUnavailable(f"no {config.vmm}")
         return self.fake
+
+
+class Silent(Recorder):
+    """One that is gone before it can tell anybody of a death."""
+
+    def died(self, vm: Machine) -> None:
+        self._tell(vm, f"died {vm.reason} {vm.status}")
+
+
+class FakeKeep:
+    """A service manager that keeps descriptors."""
+
+    lasting = True
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+
+    def store(self, name: str, fd: int) -> None:
+        assert name not in self.kept
+        self.kept[name] = os.dup(fd)
+
+    def forget(self, name: str) -> None:
+        if name in self.kept:
+            os.close(self.kept.pop(name))
+
+    def handed_on(self) -> dict[str, int]:
+        """Copies, for the next service."""
+        return {name: os.dup(fd) for name, fd in self.kept.items()}
+
+
+class Services:
+    """One service after the other in one directory."""
+
+    def __init__(self, directory: Path, driver: FakeDriver) -> None:
+        self.directory = directory
+        self.driver = driver
+        self.host = FakeHost(driver)
+        self.observer = Recorder()
+        self.registry: Registry | None = None
+        self.work: list[asyncio.Future[Any]] = []
+        self.keep: Keep = NoKeep()
+        (directory / "kernel").touch()
+
+    def begin(
+        self,
+        settings: Settings | None = None,
+        observer: Recorder | None = None,
+        bus: str = "bus",
+        kept: dict[str, int] | None = None,
+    ) -> Registry:
+        """The next service."""
+        settings = settings or Settings()
+        self.observer = observer or Recorder()
+        around = Surroundings(settings, self.observer, Store(self.directory / "vm"), self.keep)
+        self.registry = Registry(around, self.host, Limits(settings.limits), image_directories=None)
+        self.registry.restore(bus, {} if kept is None else kept)
+        self.registry.go_on()
+        return self.registry
+
+    async def end(self) -> None:
+        """As the service ends: nobody waits for a reply any more, and the VMs are let go."""
+        assert self.registry is not None
+        self.registry.close()
+        for work in self.work:
+            work.cancel()
+        await asyncio.gather(*self.work, return_exceptions=True)
+        self.work.clear()
+        await self.registry.let_go()
+        self.registry = None
+
+    async def create(self, **changes: object) -> Machine:
+        assert self.registry is not None
+        raw = {"kernel": str(self.directory / "kernel"), "name": "guest", **changes}
+        return await self.registry.create(raw, Requester(1000, 4711, "label", ":1.5"))
+
+    async def started(self, **changes: object) -> Machine:
+        """A VM that runs, in a first service."""
+        self.begin()
+        vm = await self.create(**changes)
+        await vm.start()
+        return vm
+
+    def do(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
+        """Do it until the service ends."""
+        self.work.append(asyncio.ensure_future(work))
+        return self.work[-1]
+
+    async def next(self, **options: Any) -> Machine:
+        """The VM, in the next service."""
+        if self.registry is not None:
+            await self.end()
+        (vm,) = self.begin(**options)
+        return vm
+
+    async def close(self) -> None:
+        """End all there is."""
+        for vm in self.registry or ():
+            async with asyncio.timeout(DEADLINE):
+                await vm.kill()
+        for vm in self.registry or ():
+            assert self.registry is not None
+            self.registry.remove(vm)
+        await asyncio.gather(*self.work, return_exceptions=True)
+        assert not isinstance(self.keep, FakeKeep) or self.keep.kept == {}
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on there is no space left for files of that name, nor to give one that name."""
+    really_open = io.open
+
+    def full_open(file: Any, *args: Any, **options: Any) -> Any:
+        opened = really_open(file, *args, **options)
+        if opened.writable() and Path(os.fspath(file)).name == name:
+            opened.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened
+
+    def full(really: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def name_it(source: Path, target: Path) -> None:
+            if target.name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            really(source, target)
+
+        return name_it
+
+    monkeypatch.setattr("io.open", full_open)
+    for verb in ("replace", "rename", "link"):
+        monkeypatch.setattr(os, verb, full(getattr(os, verb)))

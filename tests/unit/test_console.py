@@ -8,12 +8,13 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from vmbus.guest.console import BoundedLog, Console
+from vmbus.guest.console import _LOST, INPUT, OUTPUT, BoundedLog, Console
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -138,19 +139,53 @@ def test_full_disk_loses_the_newest_only(
 # The console
 
 
+class Guest:
+    """The VMM's ends of a console, open as VMMs have them: both ways."""
+
+    def __init__(self, directory: Path) -> None:
+        self.output = os.open(directory / OUTPUT, os.O_RDWR | os.O_NONBLOCK)
+        self.input = os.open(directory / INPUT, os.O_RDWR | os.O_NONBLOCK)
+
+    def say(self, data: bytes) -> None:
+        """Print what fits in at once."""
+        assert os.write(self.output, data) == len(data)
+
+    async def hear(self, size: int) -> bytes:
+        """So many bytes of what was typed."""
+        loop, data = asyncio.get_running_loop(), b""
+        async with asyncio.timeout(DEADLINE):
+            while len(data) < size:
+                readable = asyncio.Event()
+                loop.add_reader(self.input, readable.set)
+                try:
+                    await readable.wait()
+                finally:
+                    loop.remove_reader(self.input)
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(self.input, size - len(data))
+        return data
+
+    def close(self) -> None:
+        """Once or twice."""
+        for fd in (self.output, self.input):
+            if fd >= 0:
+                os.close(fd)
+        self.output = self.input = -1
+
+
 @pytest.fixture
-async def console(log: BoundedLog) -> AsyncIterator[Console]:
-    console = Console(log)
+async def console(log: BoundedLog, tmp_path: Path) -> AsyncIterator[Console]:
+    console = Console(log, tmp_path)
     yield console
     console.close()
 
 
 @pytest.fixture
-async def guest(console: Console) -> AsyncIterator[socket.socket]:
-    """The VMM's end."""
-    with console.plug() as end:
-        end.setblocking(False)
-        yield end
+async def guest(console: Console, tmp_path: Path) -> AsyncIterator[Guest]:
+    console.plug()
+    guest = Guest(tmp_path)
+    yield guest
+    guest.close()
 
 
 @pytest.fixture
@@ -190,42 +225,41 @@ ALL = 1 << 30
 
 
 async def test_every_reader_and_the_log_get_what_the_guest_prints(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
-    await _send(guest, b"hello\n")
+    guest.say(b"hello\n")
     for reader in readers:
         assert await _receive(reader, 6) == b"hello\n"
     assert _content(console.open_log()) == b"hello\n"
 
 
 async def test_reader_gets_what_comes_after_it_came(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
-    await _send(guest, b"early,")
+    guest.say(b"early,")
     await _receive(readers[0], 6)
     with console.attach() as late:
         late.setblocking(False)
-        await _send(guest, b"late")
+        guest.say(b"late")
         assert await _receive(late, 4) == b"late"
     assert await _receive(readers[0], 4) == b"late"
 
 
-async def test_reader_may_come_before_the_guest(console: Console) -> None:
-    with console.attach() as reader, console.plug() as guest:
-        for end in (reader, guest):
-            end.setblocking(False)
-        await _send(guest, b"first words")
-        assert await _receive(reader, 11) == b"first words"
+async def test_reader_may_come_before_the_guest(console: Console, tmp_path: Path) -> None:
+    with console.attach() as reader:
+        reader.setblocking(False)
+        console.plug()
+        with contextlib.closing(Guest(tmp_path)) as guest:
+            guest.say(b"first words")
+            assert await _receive(reader, 11) == b"first words"
 
 
-async def test_slow_reader_loses_only_its_own(
-    guest: socket.socket, readers: list[socket.socket]
-) -> None:
+async def test_slow_reader_loses_only_its_own(guest: Guest, readers: list[socket.socket]) -> None:
     """The guest prints far more than a socket holds; one reads along, the others don't."""
     quick, slow, _ = readers
     pieces = [b"%06d\n" % number * 1024 for number in range(200)]
     for piece in pieces:
-        await _send(guest, piece)
+        guest.say(piece)
         assert await _receive(quick, len(piece)) == piece
     kept = b""
     with contextlib.suppress(BlockingIOError):
@@ -233,80 +267,76 @@ async def test_slow_reader_loses_only_its_own(
             kept += slow.recv(1 << 20)
     assert pieces[0] == kept[: len(pieces[0])]
     assert len(kept) < len(b"".join(pieces))
-    await _send(guest, b"now it keeps up")
+    guest.say(b"now it keeps up")
     assert await _receive(slow, 15) == b"now it keeps up"
 
 
-async def test_reader_that_goes_is_forgotten(
-    guest: socket.socket, readers: list[socket.socket]
-) -> None:
+async def test_reader_that_goes_is_forgotten(guest: Guest, readers: list[socket.socket]) -> None:
     readers[0].close()
     for _ in range(3):
-        await _send(guest, b"hello\n")
+        guest.say(b"hello\n")
         assert await _receive(readers[1], 6) == b"hello\n"
 
 
-async def test_guest_gets_what_any_reader_types(
-    guest: socket.socket, readers: list[socket.socket]
-) -> None:
+async def test_guest_gets_what_any_reader_types(guest: Guest, readers: list[socket.socket]) -> None:
     for reader, text in zip(readers, (b"one", b"two", b"3rd"), strict=True):
         await _send(reader, text)
-        assert await _receive(guest, 3) == text
+        assert await guest.hear(3) == text
 
 
 async def test_typing_before_there_is_a_guest_goes_nowhere(
-    console: Console, readers: list[socket.socket]
+    console: Console, readers: list[socket.socket], tmp_path: Path
 ) -> None:
     await _send(readers[0], b"lost")
     await _all_read()
-    with console.plug() as guest:
-        guest.setblocking(False)
+    console.plug()
+    with contextlib.closing(Guest(tmp_path)) as guest:
         await _send(readers[0], b"found")
-        assert await _receive(guest, 5) == b"found"
+        assert await guest.hear(5) == b"found"
 
 
 async def test_guest_that_does_not_read_holds_up_typing_and_loses_none_of_it(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
     """More is typed than the sockets between hold; the typist waits until the guest reads."""
     text = bytes(range(256)) * (16 * 1024)
     typing = asyncio.create_task(_send(readers[0], text))
     # Printing goes on meanwhile: enough rounds for everything that fits to have been taken.
     for _ in range(100):
-        await _send(guest, b".")
+        guest.say(b".")
         assert await _receive(readers[1], 1) == b"."
     assert not typing.done()
-    assert len(console._input) <= 64 * 1024
-    assert await _receive(guest, len(text)) == text
+    assert len(console._typed) <= 64 * 1024
+    assert await guest.hear(len(text)) == text
     await typing
     # And afterwards everybody can type again.
     for reader in readers:
         await _send(reader, b"again")
-        assert await _receive(guest, 5) == b"again"
+        assert await guest.hear(5) == b"again"
 
 
 async def test_reader_that_comes_while_typing_is_held_up_makes_nobody_lose_any(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
     text = bytes(range(256)) * (16 * 1024)
     typing = asyncio.create_task(_send(readers[0], text))
     for _ in range(100):
-        await _send(guest, b".")
+        guest.say(b".")
         await _receive(readers[1], 1)
     with console.attach() as late:
         late.setblocking(False)
         await _send(late, b"late")
         await _all_read()
-        received = await _receive(guest, len(text) + 4)
+        received = await guest.hear(len(text) + 4)
     assert received.replace(b"late", b"", 1) == text
     await typing
 
 
 async def test_guest_that_never_reads_does_not_hold_up_the_end(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
     typing = asyncio.create_task(_send(readers[0], bytes(1 << 22)))
-    await _send(guest, b".")
+    guest.say(b".")
     await _receive(readers[1], 1)
     console.close()
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
@@ -315,11 +345,11 @@ async def test_guest_that_never_reads_does_not_hold_up_the_end(
 
 
 async def test_close_gives_what_is_left_and_then_the_end(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
     """All that the VMM had printed when it died, though nobody has read any of it yet."""
     left = bytes(range(256)) * 12
-    guest.send(left)
+    guest.say(left)
     guest.close()
     console.close()
     for reader in readers:
@@ -328,10 +358,10 @@ async def test_close_gives_what_is_left_and_then_the_end(
 
 
 async def test_end_of_the_guest_alone_leaves_the_readers_be(
-    console: Console, guest: socket.socket, readers: list[socket.socket]
+    console: Console, guest: Guest, readers: list[socket.socket]
 ) -> None:
     """A VMM may close its console and live on; what it printed is still read."""
-    guest.send(b"bye")
+    guest.say(b"bye")
     guest.close()
     assert await _receive(readers[0], 3) == b"bye"
     await _send(readers[1], b"anybody?")
@@ -346,3 +376,134 @@ async def test_close_without_guest_and_twice(
     console.close()
     for reader in readers:
         assert await _receive(reader, ALL) == b""
+
+
+# From one service to the next
+
+
+@pytest.fixture
+async def next_console(
+    console: Console, path: Path, tmp_path: Path
+) -> AsyncIterator[Callable[[], Console]]:
+    """Ends the service that has the console, and makes the next one's, yet to be plugged in."""
+    consoles: list[Console] = []
+
+    def end() -> Console:
+        (consoles[-1] if consoles else console).close()
+        consoles.append(Console(BoundedLog(path, 1 << 20), tmp_path))
+        return consoles[-1]
+
+    yield end
+    for each in consoles:
+        each.close()
+
+
+async def test_console_goes_on_where_another_service_left_it(
+    guest: Guest, readers: list[socket.socket], next_console: Callable[[], Console]
+) -> None:
+    """What is printed meanwhile is in the log, and nothing that fits is lost."""
+    guest.say(b"one,")
+    assert await _receive(readers[0], 4) == b"one,"
+    console = next_console()
+    assert await _receive(readers[0], ALL) == b""
+    guest.say(b"two,")
+    console.plug_again()
+    with console.attach() as reader:
+        reader.setblocking(False)
+        assert await _receive(reader, 4) == b"two,"
+        guest.say(b"three")
+        assert await _receive(reader, 5) == b"three"
+        await _send(reader, b"typed")
+        assert await guest.hear(5) == b"typed"
+    assert _content(console.open_log()) == b"one,two,three"
+
+
+async def test_typing_that_the_guest_has_not_taken_is_there_when_another_service_comes(
+    guest: Guest, readers: list[socket.socket], next_console: Callable[[], Console]
+) -> None:
+    await _send(readers[0], b"typed")
+    await _all_read()
+    console = next_console()
+    console.plug_again()
+    assert await guest.hear(5) == b"typed"
+
+
+async def test_output_that_may_not_all_have_fitted_is_said_to_be_lost(
+    guest: Guest, next_console: Callable[[], Console]
+) -> None:
+    console = next_console()
+    kept = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            kept += os.write(guest.output, b"x" * 1000)
+    console.plug_again()
+    log = _content(console.open_log())
+    assert log == b"x" * kept + _LOST
+    assert b"the service was away, some of the output was lost" in log
+    guest.say(b"now it keeps up")
+    console.close()
+    assert _content(console.open_log()) == log + b"now it keeps up"
+
+
+async def test_guest_that_ended_while_no_service_was_there_leaves_what_it_said(
+    guest: Guest, next_console: Callable[[], Console], tmp_path: Path
+) -> None:
+    """As long as anybody holds the FIFO, be it a child of the VMM."""
+    console = next_console()
+    guest.say(b"bye")
+    with contextlib.closing(Guest(tmp_path)):
+        guest.close()
+        console.plug_again()
+        console.close()
+    assert _content(console.open_log()) == b"bye"
+
+
+@pytest.mark.parametrize("missing", [[INPUT], [OUTPUT], [INPUT, OUTPUT]], ids=" ".join)
+@pytest.mark.usefixtures("guest")
+async def test_console_whose_fifos_are_gone_cannot_be_plugged_in_again_and_can_be_closed(
+    next_console: Callable[[], Console], tmp_path: Path, missing: list[str]
+) -> None:
+    console = next_console()
+    for name in missing:
+        (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError):
+        console.plug_again()
+    console.close()
+    assert _content(console.open_log()) == b""
+
+
+async def test_console_that_cannot_be_opened_for_want_of_descriptors_can_be_closed(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_open = os.open
+
+    def out_of_them(path: str | Path, *args: int) -> int:
+        if Path(path).name == INPUT:
+            raise OSError(24, "Too many open files")
+        return really_open(path, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", out_of_them)
+        with pytest.raises(OSError, match="Too many open files"):
+            console.plug()
+    console.close()
+
+
+@pytest.fixture
+def flood(guest: Guest, tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A guest that prints without end, faster than anybody reads, until the deadline."""
+    with (tmp_path / OUTPUT).open("wb", buffering=0) as output:
+        argv = ["timeout", str(DEADLINE), "yes"]
+        processes = [subprocess.Popen(argv, stdout=output) for _ in range(4)]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+async def test_guest_that_prints_without_end_does_not_hold_up_the_end_of_the_service(
+    console: Console, readers: list[socket.socket], flood: list[subprocess.Popen[bytes]]
+) -> None:
+    assert (await _receive(readers[0], 4)) == b"y\ny\n"
+    console.close()
+    assert [process.poll() for process in flood] == [None] * 4

@@ -19,6 +19,7 @@ import pytest
 from tests.unit.doubles import DEADLINE, a_config
 from vmbus.errors import ControlFailed, NotSupported, TimedOut, VMBusError
 from vmbus.files import Handle, OpenFile
+from vmbus.guest.console import INPUT, OUTPUT
 from vmbus.reasons import Reason
 from vmbus.spec import MAX_DISKS, Net, VMConfig, host_cpus
 from vmbus.vmm import base
@@ -66,24 +67,25 @@ class Maker:
         self.configs += 1
         directory = self.directory / f"tmp{self.configs}"
         directory.mkdir()
-        ours, theirs = socket.socketpair()
-        self.resources.enter_context(ours)
-        self.resources.enter_context(theirs)
-        self.names[theirs.fileno()] = "CONSOLE"
+        for name in (INPUT, OUTPUT):
+            os.mkfifo(directory / name)
         return Launch(
             "guest-1",
             2048,
             config,
             directory,
-            theirs.fileno(),
-            kvm,
+            kvm=kvm,
             vsock=bool(config.vsock),
             control_timeout=DEADLINE,
         )
 
+    def ready(self, driver: Driver, launch: Launch | None = None) -> tuple[Launch, Command]:
+        """A launch, of a minimal config where none is given, and the command for it."""
+        launch = launch or self.launch(self.config())
+        return launch, self.resources.enter_context(contextlib.closing(driver.prepare(launch)))
+
     def command(self, driver: Driver, *, kvm: bool = True, **changes: Any) -> Command:
-        launch = self.launch(self.config(**changes), kvm=kvm)
-        return self.resources.enter_context(contextlib.closing(driver.prepare(launch)))
+        return self.ready(driver, self.launch(self.config(**changes), kvm=kvm))[1]
 
     def argv(self, driver: Driver, *, kvm: bool = True, **changes: Any) -> list[str]:
         """The argument vector, with names for descriptors and for the directory."""
@@ -93,7 +95,9 @@ class Maker:
 
     def _named(self, word: str) -> str:
         def name(match: re.Match[str]) -> str:
-            return match[1] + self.names.get(int(match[2]), "CONTROL")
+            place = Path(os.readlink(f"/proc/self/fd/{match[2]}"))
+            fifo = place.name.upper() if place.is_fifo() else "CONTROL"
+            return match[1] + self.names.get(int(match[2]), fifo)
 
         return re.sub(r"(/proc/self/fd/|\bfd=)(\d+)", name, word)
 
@@ -114,8 +118,8 @@ CROSVM_BEGINNING = [
 ]
 CROSVM_SERIAL = [
     "--serial",
-    "type=file,hardware=serial,num=1,path=/proc/self/fd/CONSOLE,input=/proc/self/fd/CONSOLE,"
-    "console=true,earlycon=true",
+    "type=file,hardware=serial,num=1,path=/proc/self/fd/CONSOLE.OUT,"
+    "input=/proc/self/fd/CONSOLE.IN,console=true,earlycon=true",
 ]
 
 
@@ -158,9 +162,10 @@ def test_crosvm_with_a_bios(make: Maker) -> None:
 
 
 async def _answering(make: Maker, **changes: Any) -> tuple[Process, Control]:
-    command = make.command(DRIVERS[0], **changes)
+    launch, command = make.ready(DRIVERS[0], make.launch(make.config(**changes)))
     process = Process.spawn(command.argv, command.inherit)
-    connecting = asyncio.ensure_future(command.connect())
+    process.release()
+    connecting = asyncio.ensure_future(DRIVERS[0].connect(launch))
     either: set[asyncio.Future[Any]] = {connecting, process.exited}
     await asyncio.wait(either, timeout=DEADLINE, return_when=asyncio.FIRST_COMPLETED)
     if not connecting.done():
@@ -171,7 +176,7 @@ async def _answering(make: Maker, **changes: Any) -> tuple[Process, Control]:
     return process, connecting.result()
 
 
-async def _ended(process: Process) -> int:
+async def _ended(process: Process) -> int | None:
     async with asyncio.timeout(DEADLINE):
         return await process.exited
 
@@ -540,13 +545,20 @@ def _all_in(words: Sequence[str], argv: Sequence[str]) -> bool:
         ["-no-reboot"],
         ["-chardev", "socket,id=control,fd=CONTROL,server=on,wait=off"],
         ["-mon", "chardev=control,mode=control"],
-        ["-chardev", "socket,id=console,fd=CONSOLE", "-serial", "chardev:console"],
+        ["-chardev", "pipe,id=console,path=TMP/console", "-serial", "chardev:console"],
     ],
     ids=" ".join,
 )
 @pytest.mark.parametrize("kvm", [False, True])
 def test_qemu_is_started_with(make: Maker, words: list[str], kvm: bool) -> None:
     assert _all_in(words, make.argv(DRIVERS[1], kvm=kvm, memory_mib=512))
+
+
+def test_comma_in_the_path_of_qemus_console_stays_in_it(make: Maker) -> None:
+    make.directory /= "a,b=c"
+    make.directory.mkdir()
+    path = str(make.directory / "tmp1" / "console").replace(",", ",,")
+    assert f"pipe,id=console,path={path}" in make.command(DRIVERS[1]).argv
 
 
 def test_qemu_is_sandboxed(make: Maker) -> None:
@@ -670,7 +682,7 @@ def test_close_closes_what_was_made_for_the_vmm_alone(make: Maker, driver: Drive
     driver.prepare(launch).close()
     assert set(os.listdir("/proc/self/fd")) == before
     assert all(os.fstat(file.fd) for file in config.files())
-    assert os.fstat(launch.console)
+    assert all((launch.directory / name).is_fifo() for name in (INPUT, OUTPUT))
 
 
 @both_drivers
@@ -946,20 +958,20 @@ class Monitor:
 
 
 @pytest.fixture
-async def monitor(make: Maker) -> AsyncIterator[tuple[Command, Monitor]]:
-    command = make.command(DRIVERS[1])
+async def monitor(make: Maker) -> AsyncIterator[tuple[Launch, Monitor]]:
+    launch, command = make.ready(DRIVERS[1])
     monitor = Monitor(command.inherit[0])
     await monitor.open()
-    yield command, monitor
+    yield launch, monitor
     await monitor.close()
 
 
-Monitored = tuple[Command, Monitor]
+Monitored = tuple[Launch, Monitor]
 
 
-async def _connected(command: Command) -> QemuControl:
+async def _connected(launch: Launch) -> QemuControl:
     async with asyncio.timeout(DEADLINE):
-        control = await command.connect()
+        control = await DRIVERS[1].connect(launch)
     assert isinstance(control, QemuControl)
     return control
 
@@ -1003,8 +1015,8 @@ async def test_qemu_is_asked_by_qmp(
 
 @pytest.mark.parametrize("answer", [{}, {"actual": None}, {"actual": "much"}, [], 5], ids=str)
 async def test_qemu_whose_answer_has_no_size(monitor: Monitored, answer: object) -> None:
-    command, qemu = monitor
-    control = await _connected(command)
+    launch, qemu = monitor
+    control = await _connected(launch)
     qemu.answers["query-balloon"] = {"return": {"actual": 1 << 27}}
     assert await control.memory() == 1 << 27
     qemu.answers["query-balloon"] = {"return": answer}
@@ -1014,8 +1026,8 @@ async def test_qemu_whose_answer_has_no_size(monitor: Monitored, answer: object)
 
 
 async def test_qemu_tells_when_the_memory_changes(monitor: Monitored) -> None:
-    command, qemu = monitor
-    control = await _connected(command)
+    launch, qemu = monitor
+    control = await _connected(launch)
     sizes: list[int] = []
     control.watch_memory(sizes.append)
     for actual in (1 << 27, "much", None, 1 << 26):
@@ -1026,9 +1038,9 @@ async def test_qemu_tells_when_the_memory_changes(monitor: Monitored) -> None:
 
 
 async def test_qemu_that_refuses(monitor: Monitored) -> None:
-    command, qemu = monitor
+    launch, qemu = monitor
     qemu.answers["system_powerdown"] = {"error": {"class": "GenericError", "desc": "no" * 1000}}
-    control = await _connected(command)
+    control = await _connected(launch)
     with pytest.raises(ControlFailed, match=r"^QEMU answered: nonono") as failed:
         await control.power_button()
     assert len(str(failed.value)) < 400
@@ -1038,9 +1050,9 @@ async def test_qemu_that_refuses(monitor: Monitored) -> None:
 async def test_qemu_that_does_not_answer(
     monitor: Monitored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command, qemu = monitor
+    launch, qemu = monitor
     qemu.answers["system_powerdown"] = {}
-    control = await _connected(command)
+    control = await _connected(launch)
     monkeypatch.setattr(control, "_timeout", 0.05)
     with pytest.raises(TimedOut, match=r"^QEMU did not answer in 0\.05 s$"):
         await control.power_button()
@@ -1050,9 +1062,9 @@ async def test_qemu_that_does_not_answer(
 
 
 async def test_qemu_that_hangs_up_instead_of_an_answer(monitor: Monitored) -> None:
-    command, qemu = monitor
+    launch, qemu = monitor
     qemu.answers["quit"] = {}
-    control = await _connected(command)
+    control = await _connected(launch)
     quitting = asyncio.ensure_future(control.quit())
     await asyncio.to_thread(int)
     qemu.hang_up()
@@ -1064,18 +1076,18 @@ async def test_qemu_that_hangs_up_instead_of_an_answer(monitor: Monitored) -> No
 
 
 async def test_qemu_that_refuses_the_session(monitor: Monitored) -> None:
-    command, qemu = monitor
+    launch, qemu = monitor
     qemu.answers["qmp_capabilities"] = {"error": {"class": "GenericError", "desc": "no"}}
     with pytest.raises(ControlFailed, match=r"^QEMU's control socket: "):
-        await _connected(command)
+        await _connected(launch)
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage\n", b"{}\n", b'{"QMP": 5}\n', b"\xff\n"])
 async def test_qemu_that_greets_wrongly(make: Maker, answer: bytes) -> None:
-    command = make.command(DRIVERS[1])
+    launch, command = make.ready(DRIVERS[1])
     with socket.socket(fileno=os.dup(command.inherit[0])) as listener:
         listener.setblocking(False)
-        connecting = asyncio.ensure_future(_connected(command))
+        connecting = asyncio.ensure_future(_connected(launch))
         peer, _ = await asyncio.get_running_loop().sock_accept(listener)
         with peer:
             peer.sendall(answer)
@@ -1087,8 +1099,8 @@ async def test_qemu_that_greets_wrongly(make: Maker, answer: bytes) -> None:
 @both_drivers
 async def test_connecting_can_be_given_up(make: Maker, driver: Driver) -> None:
     """A VMM that never answers; `nothing_left` looks for what that leaves behind."""
-    command = make.command(driver)
-    connecting = asyncio.ensure_future(command.connect())
+    launch, command = make.ready(driver)
+    connecting = asyncio.ensure_future(driver.connect(launch))
     with socket.socket(fileno=os.dup(command.inherit[0])) as listener:
         listener.setblocking(False)
         peer, _ = await asyncio.get_running_loop().sock_accept(listener)
@@ -1100,15 +1112,39 @@ async def test_connecting_can_be_given_up(make: Maker, driver: Driver) -> None:
 
 @both_drivers
 async def test_vmm_that_is_not_there_any_more(make: Maker, driver: Driver) -> None:
-    command = make.command(driver)
+    launch, command = make.ready(driver)
     command.close()
-    with pytest.raises((ControlFailed, OSError)):
-        await command.connect()
+    with pytest.raises(ControlFailed, match="control socket: Connection refused"):
+        await driver.connect(launch)
+
+
+@both_drivers
+async def test_vmm_whose_control_socket_is_gone(make: Maker, driver: Driver) -> None:
+    launch = make.launch(make.config())
+    with pytest.raises(ControlFailed, match="control socket: No such file or directory"):
+        await driver.connect(launch)
+
+
+@both_drivers
+async def test_vmm_can_be_connected_to_again(make: Maker, driver: Driver) -> None:
+    """By a service that neither made its command nor holds its listening socket."""
+    launch, command = make.ready(driver)
+    with socket.socket(fileno=os.dup(command.inherit[0])) as listener:
+        command.close()
+        listener.setblocking(False)
+        for _ in range(2):
+            connecting = asyncio.ensure_future(driver.connect(launch))
+            async with asyncio.timeout(DEADLINE):
+                peer, _ = await asyncio.get_running_loop().sock_accept(listener)
+            connecting.cancel()
+            await asyncio.wait({connecting}, timeout=DEADLINE)
+            assert connecting.cancelled()
+            peer.close()
 
 
 async def test_qemus_last_events_tell_the_reason(monitor: Monitored) -> None:
-    command, qemu = monitor
-    control = await _connected(command)
+    launch, qemu = monitor
+    control = await _connected(launch)
     qemu.event("RESUME")
     qemu.event("GUEST_PANICKED", action="poweroff")
     qemu.event("SHUTDOWN", guest=True, reason="guest-panic")
@@ -1120,8 +1156,8 @@ async def test_qemu_that_never_hangs_up_does_not_hold_up_the_end(
 ) -> None:
     """Some child of it may still hold the socket."""
     monkeypatch.setattr("vmbus.vmm.qmp._LAST_EVENTS", 0.05)
-    command, qemu = monitor
-    control = await _connected(command)
+    launch, qemu = monitor
+    control = await _connected(launch)
     qemu.event("SHUTDOWN", guest=False, reason="host-signal")
     async with asyncio.timeout(DEADLINE):
         assert await control.aclose() is Reason.SIGNAL

@@ -315,3 +315,32 @@ def test_close_is_done_once(policy: FilePolicy, images: Path) -> None:
     file.close()
     policy.close_all()
     os.close(number)  # still open: neither has closed it
+
+
+# From one service to the next
+
+
+def test_file_that_was_lost_is_known_by_all_but_its_descriptor(
+    policy: FilePolicy, images: Path
+) -> None:
+    file = policy.open(f"{images}/disk", writable=True)
+    file.check_open()
+    facts = file.facts()
+    assert facts == {"name": f"{images}/disk", "writable": True, "size": 5, "held": True}
+    lost = OpenFile.lost(facts)
+    assert (lost.fd, lost.facts()) == (-1, facts)
+    lost.close()
+    says = rf"^{images}/disk is not open any more, since the service was restarted$"
+    with pytest.raises(ValueError, match=says):
+        lost.check_open()
+
+
+def test_file_that_was_closed_was_held_all_the_same(policy: FilePolicy, images: Path) -> None:
+    """A VM that runs has closed its files, and is written down after that."""
+    file = policy.open(f"{images}/disk", writable=False)
+    file.close()
+    assert OpenFile.lost(file.facts()).held
+
+
+def test_name_of_a_tap_is_no_file_that_can_be_lost() -> None:
+    OpenFile.lost(OpenFile(-1, "tap0", writable=True, size=0).facts()).check_open()

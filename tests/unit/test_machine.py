@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import select
 import signal
@@ -30,8 +31,10 @@ from vmbus.errors import (
     NotSupported,
     StartFailed,
     TimedOut,
+    VMBusError,
 )
 from vmbus.model.machine import Machine
+from vmbus.model.record import Record, Store
 from vmbus.model.state import State
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
@@ -75,7 +78,7 @@ async def vm(
 
 
 def _with(vm: Machine, **settings: Any) -> None:
-    vm._settings = Settings(**settings)
+    vm._around = dataclasses.replace(vm._around, settings=Settings(**settings))
 
 
 def _task(work: Awaitable[Any]) -> asyncio.Future[Any]:
@@ -101,8 +104,10 @@ STARTING = "changed state=starting"
 PID = "changed pid"
 RUNNING = "changed state=running started memory_actual"
 STOPPING = "changed state=stopping"
-DEAD = "changed state=dead reason status pid died last_words memory_actual"
-FAILED = "changed state=failed reason status pid died last_words memory_actual"
+DEAD = "changed state=dead reason status died last_words memory_actual pid"
+FAILED = "changed state=failed reason status died last_words memory_actual pid"
+#: Where there never was a process.
+UNBORN = "changed state=failed reason status died last_words memory_actual"
 
 
 # Life and death in order
@@ -123,7 +128,7 @@ async def test_everybody_is_told_everything_in_the_promised_order(
     seen: list[tuple[str, bool, bool]] = []
     waiting = _task(vm.wait())
     observer.look = lambda vm: seen.append((str(vm.state), waiting.done(), temporary.exists()))
-    vm.on_death = lambda vm: observer.told.append(f"over {temporary.exists()} {waiting.done()}")
+    vm.on_death = lambda: observer.told.append(f"over {temporary.exists()} {waiting.done()}")
     await vm.start()
     assert (temporary / "file").exists()
     driver.control.exit(0)
@@ -178,7 +183,7 @@ async def test_record_and_log_stay_until_remove(vm: Machine, driver: FakeDriver)
     await vm.start()
     driver.control.exit(0)
     await _end(vm)
-    assert os.listdir(vm.identity.directory) == []
+    assert sorted(os.listdir(vm.identity.directory)) == ["record.json", "record.old", "told"]
     os.close(vm.open_log())
     vm.remove()
     assert not vm.identity.directory.exists()
@@ -269,7 +274,7 @@ async def test_vmm_that_cannot_be_executed(
     assert await _refused(vm.start()) == f"fake: {says}"
     assert (vm.state, vm.last_words) == (State.FAILED, says)
     assert await _end(vm) == ("start-failed", 127)
-    assert observer.told == [STARTING, FAILED, "died start-failed 127"]
+    assert observer.told == [STARTING, UNBORN, "died start-failed 127"]
 
 
 async def test_vmm_that_ends_before_it_answers(
@@ -372,7 +377,7 @@ async def test_kill_while_files_are_made_ready(
     await _task(vm.kill())
     driver.may_go_on.set()
     assert await _refused(starting) == "fake: ended before it was started"
-    assert observer.told == [STARTING, FAILED, f"died killed {KILL}"]
+    assert observer.told == [STARTING, UNBORN, f"died killed {KILL}"]
 
 
 @pytest.mark.parametrize(
@@ -568,7 +573,7 @@ async def test_remove_of_a_vm_that_is_alive_is_refused(
 
 async def test_remove_in_the_moment_of_death(vm: Machine, driver: FakeDriver) -> None:
     """As `collect` does it: nothing of the VM is left, and Wait answers all the same."""
-    vm.on_death = Machine.remove
+    vm.on_death = vm.remove
     waiting = _task(vm.wait())
     await vm.start()
     driver.control.exit(0)
@@ -868,13 +873,13 @@ async def test_observer_that_fails(
     vm: Machine, driver: FakeDriver, observer: Recorder, beginning: str
 ) -> None:
     observer.fails = lambda what: what.startswith(beginning)
-    over: list[Machine] = []
-    vm.on_death = over.append
+    over: list[State] = []
+    vm.on_death = lambda: over.append(vm.state)
     await _task(vm.start())
     driver.control.exit(0)
     assert await _end(vm) == ("shutdown", 0)
     assert observer.told == [STARTING, PID, RUNNING, DEAD, "died shutdown 0"]
-    assert over == [vm]
+    assert over == [State.DEAD]
     assert not (vm.identity.directory / "tmp").exists()
 
 
@@ -889,9 +894,84 @@ async def test_prepare_that_fails_by_its_files(vm: Machine, driver: FakeDriver) 
     assert await _refused(vm.start()) == "fake: could not be started: No space left on device"
 
 
-async def test_directory_that_is_gone(vm: Machine) -> None:
+async def test_vm_that_cannot_be_written_down_is_not_started(
+    vm: Machine, observer: Recorder
+) -> None:
+    """Nobody could find it again; it is as it was before, and may be started later."""
     vm.identity.directory.rmdir()
-    assert await _refused(vm.start()) == "fake: could not be started: No such file or directory"
+    says = r"^the VM can't be written down: No such file or directory$"
+    with pytest.raises(VMBusError, match=says):
+        await vm.start()
+    assert (vm.state, observer.told) == (State.NOT_STARTED, [])
+    vm.identity.directory.mkdir()
+    await vm.start()
+    assert observer.told == [STARTING, PID, RUNNING]
+
+
+async def test_temporary_directory_that_cannot_be_made(vm: Machine) -> None:
+    (vm.identity.directory / "tmp").touch()
+    assert await _refused(vm.start()) == "fake: could not be started: File exists"
+    assert await _end(vm) == ("start-failed", 127)
+
+
+async def test_vmm_that_cannot_be_written_down_never_runs(
+    vm: Machine, driver: FakeDriver, observer: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes are there by then, and at the gate: none of them gets to its first line."""
+    ran = vm.identity.directory.parent / "ran"
+    driver.argv[2] = f"touch {ran}; {OBEDIENT}"
+    driver.helpers.append(Helper(["/bin/sh", "-c", f"touch {ran}; exec sleep 1000"], []))
+    save = Store.save
+
+    def full(store: Store, record: Record) -> None:
+        if record.traces and record.state is State.STARTING:
+            raise OSError(28, "No space left on device")
+        save(store, record)
+
+    monkeypatch.setattr(Store, "save", full)
+    says = "the VM can't be written down: No space left on device"
+    assert await _refused(vm.start()) == f"fake: could not be started: {says}"
+    assert await _end(vm) == ("start-failed", KILL)
+    assert observer.told == [STARTING, UNBORN, f"died start-failed {KILL}"]
+    assert not ran.exists()
+
+
+async def test_vm_that_runs_goes_on_where_it_cannot_be_written_down(
+    vm: Machine,
+    driver: FakeDriver,
+    observer: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is so is so, and told; that it could not be written is logged."""
+    await vm.start()
+
+    def full(store: Store, record: Record) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "save", full)
+    await vm.suspend()
+    await vm.resume()
+    await _task(vm.stop(LONG))
+    assert observer.told[3:] == [SUSPENDED, RESUMED, STOPPING, DEAD, "died stopped 0"]
+    assert "VM guest: the VM can't be written down: No space left on device" in caplog.text
+
+
+async def test_death_is_known_to_be_told_only_when_it_was(
+    vm: Machine, driver: FakeDriver, observer: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observer that never got to tell it leaves it to the next service, and the VM there."""
+    monkeypatch.setattr(Machine, "death_was_told", lambda vm: None)
+    over: list[State] = []
+    vm.on_death = lambda: over.append(vm.state)
+    await vm.start()
+    driver.control.exit(0)
+    await _end(vm)
+    told = vm.identity.directory / "told"
+    assert (told.exists(), over) == (False, [])
+    monkeypatch.undo()
+    vm.death_was_told()
+    assert (told.exists(), over) == (True, [State.DEAD])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("driver"), asyncio.CancelledError(), ValueError()])

@@ -63,8 +63,8 @@ async def test_what_the_bus_vouches_for_is_recorded() -> None:
     bus, known = made()
     label = Variant("ay", b"user_u:user_r\0")
     bus.answer.set_result(credentials(LinuxSecurityLabel=label, Other=Variant("s", "x")))
-    assert await known.identify(":1.5") == Requester(uid=7, pid=99, sid="user_u:user_r")
-    assert known.known(":1.5") == Requester(uid=7, pid=99, sid="user_u:user_r")
+    assert await known.identify(":1.5") == Requester(7, 99, "user_u:user_r", ":1.5")
+    assert known.known(":1.5") == Requester(7, 99, "user_u:user_r", ":1.5")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +23,16 @@ TAIL = 8 * 1024
 
 
 def _sh(script: str, *arguments: str, fds: Sequence[int] = ()) -> Process:
-    return Process.spawn(["/bin/sh", "-c", script, "sh", *arguments], fds)
+    return _run(["/bin/sh", "-c", script, "sh", *arguments], fds)
 
 
-async def _ended(process: Process) -> int:
+def _run(argv: Sequence[str], fds: Sequence[int] = ()) -> Process:
+    process = Process.spawn(argv, fds)
+    process.release()
+    return process
+
+
+async def _ended(process: Process) -> int | None:
     async with asyncio.timeout(DEADLINE):
         return await process.exited
 
@@ -207,7 +215,7 @@ async def test_it_inherits_the_chosen_descriptors_and_no_others(
     left_open: set[int],
 ) -> None:
     with open("/dev/zero") as chosen, open("/dev/zero"):
-        process = Process.spawn([sys.executable, "-ISc", _LIST], [chosen.fileno()])
+        process = _run([sys.executable, "-ISc", _LIST], [chosen.fileno()])
         await _ended(process)
         lines = [line.split() for line in process.stderr_tail().splitlines()]
         assert {int(fd): what for fd, what in lines if int(fd) not in left_open} == {
@@ -234,7 +242,7 @@ async def test_descriptors_keep_their_numbers() -> None:
 
 async def test_its_environment_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD_NOT", "secret")
-    process = Process.spawn(["/bin/sh", "-c", "env >&2"], ())
+    process = _run(["/bin/sh", "-c", "env >&2"])
     await _ended(process)
     names = {line.partition("=")[0] for line in process.stderr_tail().splitlines()}
     assert names <= {"PATH", "LANG", "PWD", "_", "SHLVL", "OLDPWD"}
@@ -254,6 +262,128 @@ async def test_signals_that_we_block_are_not_blocked_in_it() -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     assert await _ended(process) == -signal.SIGUSR1
+
+
+# At the gate, and from one of us to the next
+
+
+async def test_it_does_not_run_before_it_is_released(tmp_path: Path) -> None:
+    """It is the same process that waits and that runs."""
+    ran = tmp_path / "ran"
+    process = Process.spawn(["/bin/sh", "-c", f"echo $$ >{ran}; exit 3"], ())
+    # What it waits for is in its way to any end of its own.
+    assert not await _blocks(process)
+    assert not ran.exists()
+    process.release()
+    process.release()
+    assert await _ended(process) == 3
+    assert int(ran.read_text()) == process.pid
+
+
+async def _blocks(process: Process) -> bool:
+    """Whether it ends by itself in a while in which any that runs would have."""
+    control = _run(["/bin/sh", "-c", "exit 0"])
+    await _ended(control)
+    return process.has_ended()
+
+
+async def test_it_is_killed_at_the_gate(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    process = Process.spawn(["/usr/bin/touch", str(ran)], ())
+    assert process.kill()
+    process.release()
+    assert await _ended(process) == -signal.SIGKILL
+    assert not ran.exists()
+
+
+async def test_it_never_runs_where_who_spawned_it_lets_go_before(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    process = Process.spawn(["/usr/bin/touch", str(ran)], ())
+    process.let_go()
+    _, status = os.waitpid(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) > 0
+    assert not ran.exists()
+
+
+_SPAWNER = """
+import asyncio, os, signal, sys
+from vmbus.vmm.process import Process
+
+async def main():
+    process = Process.spawn(["/usr/bin/touch", sys.argv[1]], [int(sys.argv[2])])
+    os.write(1, b"%d\\n" % process.pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_it_never_runs_where_who_spawned_it_dies_before(tmp_path: Path) -> None:
+    """And it ends, too: a pipe that only it still holds comes to its end."""
+    ran = tmp_path / "ran"
+    reader, writer = os.pipe()
+    spawner = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-c", _SPAWNER, str(ran), str(writer)],
+        pass_fds=[writer],
+        stdout=subprocess.PIPE,
+    )
+    os.close(writer)
+    said, _ = await asyncio.wait_for(spawner.communicate(), DEADLINE)
+    assert int(said) > 0
+    assert spawner.returncode == -signal.SIGKILL
+    assert await asyncio.to_thread(_read, reader) == b""
+    os.close(reader)
+    assert not ran.exists()
+
+
+async def test_it_runs_on_when_it_is_let_go_and_is_found_again(tmp_path: Path) -> None:
+    """What it says goes into a FIFO, which outlives who reads it."""
+    stderr = tmp_path / "stderr"
+    orders, order = os.pipe()
+    script = 'echo one >&2; read -r line <"$0"; echo two >&2; exit 5'
+    argv = ["/bin/sh", "-c", script, f"/proc/self/fd/{orders}"]
+    first = Process.spawn(argv, [orders], stderr)
+    os.close(orders)
+    first.release()
+    first.let_go()
+    second = Process.find(first.pid, first.started, stderr)
+    assert second is not None
+    assert (second.pid, second.started) == (first.pid, first.started)
+    os.write(order, b"go\n")
+    os.close(order)
+    assert await _ended(second) == 5
+    assert second.stderr_tail() == "one\ntwo\n"
+    assert Process.find(first.pid, first.started, stderr) is None
+
+
+async def test_flood_on_stderr_that_nobody_reads_does_not_hold_it_up(tmp_path: Path) -> None:
+    """What the FIFO does not hold is lost."""
+    stderr = tmp_path / "stderr"
+    script = "head -c 4000000 /dev/zero >&2; exit 6"
+    process = Process.spawn(["/bin/sh", "-c", script], (), stderr)
+    process.release()
+    process.let_go()
+    _, status = await asyncio.to_thread(os.waitpid, process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 6
+
+
+async def test_process_of_another_that_has_no_fifo_any_more_is_found(tmp_path: Path) -> None:
+    first = _sh("exec sleep 1000")
+    first.let_go()
+    second = Process.find(first.pid, first.started, tmp_path / "none")
+    assert second is not None
+    assert second.kill()
+    assert (await _ended(second), second.stderr_tail()) == (-signal.SIGKILL, "")
+
+
+async def test_process_is_taken_up_by_a_descriptor_that_was_kept(tmp_path: Path) -> None:
+    """Also where it has ended, and its number says nothing any more."""
+    first = _sh("exit 7")
+    kept = os.dup(first.pidfd)
+    first.let_go()
+    second = Process.find(first.pid, first.started, tmp_path / "none", kept)
+    assert second is not None
+    assert await _ended(second) == 7
 
 
 # Not being born; `nothing_left` looks for what that leaves behind

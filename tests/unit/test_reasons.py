@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from vmbus.reasons import Reason, death_reason
+from vmbus.reasons import Reason, death_reason, obituary
 
 KILL, TERM = -signal.SIGKILL, -signal.SIGTERM
 OWN_FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGSYS", "SIGTRAP")
@@ -113,3 +113,40 @@ def test_own_fault_is_a_crash(name: str, ran_asked: Reason | None) -> None:
 def test_signal_that_nobody_here_sent_is_a_signal(name: str) -> None:
     status = -signal.Signals[name]
     assert death_reason(status, told=None, ran=True, asked_for=None, killed_for=None) == "signal"
+
+
+@pytest.mark.parametrize(
+    ("told", "asked_for", "killed_for", "expected"),
+    [
+        (None, None, None, "unknown"),
+        (R.REBOOT, None, None, "reboot"),
+        (R.GUEST_PANIC, R.STOPPED, R.KILLED, "guest-panic"),
+        (None, R.STOPPED, None, "stopped"),
+        (None, R.HOST_SHUTDOWN, None, "host-shutdown"),
+        (None, R.STOPPED, R.KILLED, "killed"),
+        (None, None, R.REQUESTER_GONE, "requester-gone"),
+    ],
+)
+def test_end_that_nobody_saw_is_what_was_under_way(
+    told: Reason | None, asked_for: Reason | None, killed_for: Reason | None, expected: str
+) -> None:
+    reason = death_reason(None, told=told, ran=True, asked_for=asked_for, killed_for=killed_for)
+    assert reason == expected
+
+
+def test_vm_that_never_ran_and_whose_end_nobody_saw_failed_to_start() -> None:
+    reason = death_reason(None, told=None, ran=False, asked_for=None, killed_for=None)
+    assert reason == "start-failed"
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (None, "it ended while the service was away"),
+        (0, ""),
+        (3, "exit status 3"),
+        (KILL, "killed by signal 9"),
+    ],
+)
+def test_what_is_said_of_a_vmm_that_said_nothing(status: int | None, says: str) -> None:
+    assert obituary(status) == says

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.doubles import DEADLINE, DEAF, FakeDriver, FakeHost, Recorder
+from tests.unit.doubles import DEADLINE, DEAF, FakeDriver, FakeHost, Recorder, fill_disk
 from vmbus.errors import (
     InvalidConfig,
     InvalidState,
@@ -23,8 +23,10 @@ from vmbus.files import Handle
 from vmbus.model.identity import Requester
 from vmbus.model.limits import Limits
 from vmbus.model.machine import Machine
+from vmbus.model.record import Store
 from vmbus.model.registry import FIRST_CID, LAST_CID, CIDPool, Registry
 from vmbus.model.state import State
+from vmbus.model.surroundings import Surroundings
 from vmbus.reasons import Reason
 from vmbus.settings import Settings
 
@@ -109,10 +111,10 @@ def observer() -> Recorder:
 
 @pytest.fixture
 async def registry(tmp_path: Path, host: FakeHost, observer: Recorder) -> AsyncIterator[Registry]:
-    registry = Registry(
-        tmp_path / "run", Settings(), host, observer, LIMITS, image_directories=(tmp_path,)
-    )
-    registry.prepare_directory()
+    around = Surroundings(Settings(), observer, Store(tmp_path / "run" / "vm"))
+    registry = Registry(around, host, LIMITS, image_directories=(tmp_path,))
+    registry.restore("bus", {})
+    registry.go_on()
     (tmp_path / "kernel").touch()
     yield registry
     for vm in registry:
@@ -127,7 +129,7 @@ async def _create(registry: Registry, tmp_path: Path, **changes: object) -> Mach
 
 
 def _directories(tmp_path: Path) -> list[str]:
-    return sorted(os.listdir(tmp_path / "run" / "vm"))
+    return sorted(each.name for each in (tmp_path / "run" / "vm").iterdir() if each.is_dir())
 
 
 async def test_create_starts_nothing_and_records_who_asked(
@@ -322,30 +324,48 @@ async def test_vm_that_is_to_be_collected_goes_with_its_death(
     assert (len(registry), _directories(tmp_path)) == (0, [])
 
 
-async def test_prepare_directory_removes_what_a_former_run_left(tmp_path: Path) -> None:
+async def test_what_has_no_record_is_removed(tmp_path: Path) -> None:
+    """What another service was about to make, or to remove, when it ended."""
     left = tmp_path / "run" / "vm" / "7" / "tmp"
-    left.mkdir(parents=True)
-    (left / "control").touch()
+    removed = tmp_path / "run" / "vm" / "removed-6"
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "other").touch()
-    registry = Registry(
-        tmp_path / "run", Settings(), FakeHost(None), Recorder(), LIMITS, image_directories=None
-    )
+    Store(tmp_path / "run" / "vm").open()
     for _ in range(2):
-        registry.prepare_directory()
-        assert _directories(tmp_path) == []
+        left.mkdir(parents=True)
+        (left / "control").touch()
+        removed.mkdir()
+        (removed / "record.json").touch()
+        around = Surroundings(Settings(), Recorder(), Store(tmp_path / "run" / "vm"))
+        registry = Registry(around, FakeHost(None), LIMITS, image_directories=None)
+        registry.restore("bus", {})
+        assert (_directories(tmp_path), len(registry)) == ([], 0)
     assert (tmp_path / "run" / "vm").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "run" / "other").exists()
 
 
-# The end of the service
+@pytest.mark.parametrize("name", ["record.new", "record.json", "counters.new", "counters.json"])
+async def test_vm_that_cannot_be_written_down_is_refused_and_leaves_nothing(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    registry._cids = CIDPool(1, 1)
+    with monkeypatch.context() as full:
+        fill_disk(full, name)
+        said = await _refused(registry, tmp_path, VMBusError)
+    assert said.endswith(": No space left on device")
+    vm = await _create(registry, tmp_path)
+    assert vm.identity.cid == 1
 
 
-async def _shutdown(registry: Registry) -> None:
+# All of them
+
+
+async def _stop_all(registry: Registry, timeout: float = 1000.0) -> None:
     async with asyncio.timeout(DEADLINE):
-        await registry.shutdown()
+        await registry.stop_all(timeout)
 
 
-async def test_shutdown_ends_every_vm_in_good_order(
+async def test_stop_all_ends_every_vm_in_good_order(
     registry: Registry, tmp_path: Path, another_driver: Callable[[], FakeDriver]
 ) -> None:
     vms = []
@@ -355,7 +375,7 @@ async def test_shutdown_ends_every_vm_in_good_order(
     for vm in vms[1:]:
         await vm.start()
     await vms[3].kill()
-    await _shutdown(registry)
+    await _stop_all(registry)
     assert [vm.state for vm in vms] == [State.NOT_STARTED, *[State.DEAD] * 3]
     assert [vm.reason for vm in vms] == [
         None,
@@ -365,32 +385,31 @@ async def test_shutdown_ends_every_vm_in_good_order(
     ]
 
 
-async def test_shutdown_kills_what_does_not_end_in_time(
+async def test_stop_all_kills_what_does_not_end_in_time(
     registry: Registry, tmp_path: Path, driver: FakeDriver
 ) -> None:
-    registry._settings = Settings(shutdown_timeout=0.05)
     driver.argv[2] = DEAF
     vms = [await _create(registry, tmp_path) for _ in range(3)]
     for vm in vms:
         await vm.start()
-    await _shutdown(registry)
+    await _stop_all(registry, 0.05)
     assert [(vm.reason, vm.status) for vm in vms] == [(Reason.HOST_SHUTDOWN, -9)] * 3
 
 
-async def test_shutdown_ends_what_is_still_starting(
+async def test_stop_all_ends_what_is_still_starting(
     registry: Registry, tmp_path: Path, driver: FakeDriver, observer: Recorder
 ) -> None:
     driver.before_answer = asyncio.Event().wait
     vm = await _create(registry, tmp_path)
     starting = asyncio.ensure_future(vm.start())
     await observer.until("changed pid")
-    await _shutdown(registry)
+    await _stop_all(registry)
     with pytest.raises(VMBusError):
         await starting
     assert (vm.state, vm.reason) == (State.FAILED, Reason.HOST_SHUTDOWN)
 
 
-async def test_shutdown_ends_all_the_others_where_one_fails(
+async def test_stop_all_ends_all_the_others_where_one_fails(
     registry: Registry, tmp_path: Path, another_driver: Callable[[], FakeDriver]
 ) -> None:
     vms = []
@@ -399,10 +418,30 @@ async def test_shutdown_ends_all_the_others_where_one_fails(
         vms.append(await _create(registry, tmp_path))
     for vm in vms:
         await vm.start()
-    await _shutdown(registry)
+    await _stop_all(registry)
     assert [vm.state for vm in vms] == [State.DEAD] * 3
 
 
-async def test_shutdown_of_nothing_returns(registry: Registry) -> None:
-    await _shutdown(registry)
-    assert len(registry) == 0
+async def test_stop_all_of_nothing_returns_and_the_service_goes_on(
+    registry: Registry, tmp_path: Path
+) -> None:
+    await _stop_all(registry)
+    vm = await _create(registry, tmp_path)
+    await registry.start(vm)
+    assert vm.state is State.RUNNING
+
+
+async def test_closed_registry_takes_no_more_vms_and_starts_none(
+    registry: Registry, tmp_path: Path, driver: FakeDriver
+) -> None:
+    """Those that run still can be ended."""
+    fresh, runs = await _create(registry, tmp_path), await _create(registry, tmp_path)
+    await runs.start()
+    registry.close()
+    said = await _refused(registry, tmp_path, InvalidState)
+    assert said == "the service is shutting down"
+    with pytest.raises(InvalidState, match=r"^the service is shutting down$"):
+        await registry.start(fresh)
+    assert (fresh.state, runs.state) == (State.NOT_STARTED, State.RUNNING)
+    await _stop_all(registry)
+    assert runs.reason is Reason.HOST_SHUTDOWN

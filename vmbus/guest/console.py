@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 CONSOLE = "console"
 INPUT, OUTPUT = f"{CONSOLE}.in", f"{CONSOLE}.out"
 _CHUNK = 64 * 1024
+#: How much a FIFO may hold, as the kernel has it.
+_MOST_LEFT = 1024 * 1024
 _LOST = b"\r\n[vmbus: while the service was away, some of the output was lost]\r\n"
 
 
@@ -110,9 +112,14 @@ class Console:
 
     def _open(self) -> None:
         flags = os.O_NONBLOCK | os.O_CLOEXEC
-        self._output = os.open(self._directory / OUTPUT, os.O_RDONLY | flags)
-        # For reading too, or it couldn't be opened before the VMM has its end.
-        self._input = os.open(self._directory / INPUT, os.O_RDWR | flags)
+        output = os.open(self._directory / OUTPUT, os.O_RDONLY | flags)
+        try:
+            # For reading too, or it couldn't be opened before the VMM has its end.
+            self._input = os.open(self._directory / INPUT, os.O_RDWR | flags)
+        except BaseException:
+            os.close(output)
+            raise
+        self._output = output
         self._loop.add_reader(self._output, self._from_guest)
 
     def attach(self, closed: Callable[[], None] = lambda: None) -> socket.socket:
@@ -142,8 +149,10 @@ class Console:
 
     def close(self) -> None:
         """Take what the VMM left behind, then end the stream for everybody."""
-        while self._from_guest():
-            pass
+        # No more than a FIFO may hold: one that is let go may print faster than it is read.
+        for _ in range(_MOST_LEFT // _CHUNK):
+            if not self._from_guest():
+                break
         self._unplug()
         for reader in list(self._readers):
             self._detach(reader)

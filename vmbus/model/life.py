@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import Awaitable, Callable, MutableMapping
 
@@ -82,6 +83,8 @@ class Life(Ledger):
             self._shares.runs(self.config.memory_mib)
             self._shares.close_files()
             self._run.adopt(self.traces, pidfd)
+        elif pidfd is not None:
+            os.close(pidfd)
 
     def go_on(self) -> None:
         """Live on, or have it told that and how it died."""
@@ -175,7 +178,7 @@ class Life(Ledger):
 
     def _end(self, ending: Ending, words: str) -> None:
         """The VMM is gone: tell everybody, in the promised order, and clean up."""
-        self._console.close()
+        self._call(self._console.close)
         reason = death_reason(
             ending.status,
             told=ending.told,
@@ -210,6 +213,8 @@ class Life(Ledger):
 
     def death_was_told(self) -> None:
         """To be called by the observer when everybody has been told."""
+        if self.forgotten.done():
+            return
         self._call(self._around.store.told, self.identity.id)
         self._call(self.on_death)
 

@@ -6,6 +6,7 @@ the case that the newer is damaged. Nothing here outlives the boot: nor does any
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -139,8 +140,9 @@ class Store:
         """Write a VM down."""
         directory = self.directory_of(record.id)
         (directory / _NEWER).write_text(record.model_dump_json())
-        if (directory / _RECORD).exists():
-            os.replace(directory / _RECORD, directory / _OLDER)
+        (directory / _OLDER).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.link(directory / _RECORD, directory / _OLDER)
         os.replace(directory / _NEWER, directory / _RECORD)
 
     def told(self, id: int) -> None:

@@ -118,6 +118,8 @@ class Registry:
         if store.counters.bus != bus:
             # Another bus gives the same names to other connections.
             records = [_of_nobody(record) for record in records]
+            for record in records:
+                store.save(record)
         store.count(bus=bus)
         self._last_id = store.counters.last_id
         self._cids.go_on(store.counters.last_cid, {record.cid for record in records})
@@ -207,19 +209,20 @@ class Registry:
         directory = store.directory_of(id)
         try:
             store.count(last_id=id, last_cid=self._cids.reached)
+            self._last_id = id
             directory.mkdir(mode=0o700)
         except OSError as error:
             self._cids.free(cid)
             raise VMBusError(f"no directory for the VM: {error.strerror}") from error
-        self._last_id = id
         return Identity(id, config.name or f"vm-{id}", cid, directory, requester)
 
     def remove(self, vm: Machine) -> None:
         """Forget a VM and delete its files. Raises InvalidState if it is alive."""
-        vm.remove()
         identity = vm.identity
-        if self._machines.pop(identity.id, None) is None:
+        if identity.id not in self._machines:
             return
+        vm.remove()
+        del self._machines[identity.id]
         del self._by_name[identity.name], self._by_cid[identity.cid]
         self._cids.free(identity.cid)
         self._around.observer.removed(vm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class Run:
         pidfd: a descriptor of the VMM, where one was kept; ours from now on.
         """
         self._adopted = True
+        if not traces and pidfd is not None:
+            os.close(pidfd)
         for number, trace in enumerate(traces):
             kept = None if number else pidfd
             process = Process.find(trace.pid, trace.began, self._stderr(number), kept)
