@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
-from bench import clients, crowd, machine, pair, report
+from bench import clients, crowd, imports, machine, pair, report
+from bench.client import CallFailed
 from bench.crowd import Curve
 from bench.plan import LIBRARIES, MEASURES, Plan
 from bench.reaper import under_a_reaper
@@ -21,20 +24,31 @@ from tests.rig import ROOT
 _PAIR = ("calls", "many", "lives", "create", "start")
 
 
-def _measure(plan: Plan) -> tuple[list[Result], dict[str, Curve]]:
+def _measure(plan: Plan) -> tuple[list[Result], dict[str, Curve], list[str]]:
+    """All that is wanted: the results, the curves, and what failed."""
     results: list[Result] = []
     curves: dict[str, Curve] = {}
+    failures: list[str] = []
+
+    def gather(found: Iterator[Result]) -> None:
+        # What was measured before a failure stands, and so does what comes after it.
+        try:
+            results.extend(found)
+        except (CallFailed, OSError) as error:
+            failures.append(str(error))
+            plan.console.print(f"[bold red]failed:[/bold red] {escape(str(error))}")
+
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as name:
         # The service runs the stand-in as a user of its own.
         Path(name).chmod(0o755)
         standin = crowd.build_standin(Path(name))
         if plan.wants(*_PAIR):
-            results += pair.measure(plan)
+            gather(pair.measure(plan))
         if plan.wants("crowd"):
-            results += crowd.measure(plan, standin, curves)
+            gather(crowd.measure(plan, standin, curves))
         if plan.wants("clients"):
-            results += clients.measure(plan, standin)
-    return results, curves
+            gather(clients.measure(plan, standin))
+    return results, curves, failures
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,19 +74,22 @@ def _main(
         into = ROOT / "docs" if whole else ROOT / "build" / "bench"
     libraries = {column: each for column, each in LIBRARIES.items() if library in (None, each)}
     plan = Plan(frozenset(measures), libraries, quick, Console(stderr=True))
+    # As /run is, where the service has its files.
+    tempfile.tempdir = "/dev/shm"
     compile_package()
     about = machine.describe()
-    results, curves = _measure(plan)
+    results, curves, failures = _measure(plan)
     about["load after"] = machine.load()
     into.mkdir(parents=True, exist_ok=True)
-    text = report.as_json(about, results, curves)
-    (into / "benchmark.json").write_text(text)
-    report.write_markdown(into / "benchmark.md", about, results, curves)
+    found = report.Report(about, results, curves, imports.slowest() if plan.wants("start") else {})
+    found.write(into)
     _draw(into, results, curves)
     if as_json:
-        print(text, end="")
+        print(found.as_json(), end="")
     else:
-        report.show(Console(), about, results)
+        found.show(Console())
+    if failures:
+        sys.exit(1)
 
 
 def _draw(into: Path, results: list[Result], curves: dict[str, Curve]) -> None:

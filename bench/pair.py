@@ -59,7 +59,7 @@ def measure(plan: Plan) -> Iterator[Result]:
         if plan.wants("create"):
             yield _create(pair)
         if plan.wants("start"):
-            yield _service_start(pair)
+            yield from _service_start(pair)
 
 
 def _calls(pair: Pair) -> Iterator[Result]:
@@ -201,17 +201,22 @@ def _create(pair: Pair) -> Result:
     return result
 
 
-def _service_start(pair: Pair) -> Result:
+def _service_start(pair: Pair) -> Iterator[Result]:
     """From the exec of vmbusd until it owns its name."""
+    computing = Result("Start of the service: CPU time", {name: Samples() for name in pair.stages})
 
-    def one(stage: Stage) -> float:
+    def one(column: str) -> float:
+        stage = pair.stages[column]
         stage.stop()
-        return stage.start()
+        took = stage.start()
+        computing.columns[column].values.append(stage.busy())
+        return took
 
     rounds = pair.plan.rounds(10)
-    functions = {column: partial(one, stage) for column, stage in pair.stages.items()}
+    functions = {column: partial(one, column) for column in pair.stages}
     with pair.plan.progress("Start of the service", rounds) as tick:
         result = Result("Start of the service", alternate(functions, rounds, tick))
     for column in functions:
         result.check(column, "median", result.columns[column].median, 300, "ms")
-    return result
+    yield result
+    yield computing

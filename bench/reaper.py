@@ -29,7 +29,8 @@ def under_a_reaper(main: Callable[[], None]) -> None:
         sys.exit(0)
     # From the terminal it goes to the child, too, which knows what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    pidfd = os.pidfd_open(child)
+    signal.signal(signal.SIGTERM, lambda *_: signal.pidfd_send_signal(pidfd, signal.SIGKILL))
     ended, status = os.wait()
     while ended != child:
         ended, status = os.wait()

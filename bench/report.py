@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -15,76 +16,84 @@ from bench.samples import FAST, FLOOR, PEER, VMBUS, Result, Samples
 _COLUMNS = (VMBUS, FAST, PEER, FLOOR)
 
 
-def show(console: Console, machine: Mapping[str, str], results: Sequence[Result]) -> None:
-    """Print it all, for people."""
-    console.print("; ".join(f"{name}: {value}" for name, value in machine.items()), style="dim")
-    table = Table("", *_COLUMNS, title="median / p95")
-    for result in results:
-        title = f"{result.title}, {result.unit}" if result.unit else result.title
-        table.add_row(title, *(_cell(result.columns.get(name)) for name in _COLUMNS))
-    console.print(table)
-    for result in results:
-        for column, checks in result.checks.items():
-            for check in checks:
-                mark = "[green]met   [/green]" if check.met else "[bold red]missed[/bold red]"
-                console.print(f"{mark} {column}: {result.title}: {check}")
+@dataclass(frozen=True)
+class Report:
+    """A run. imports: what each module takes at the service's start, in milliseconds."""
+
+    machine: dict[str, str]
+    results: list[Result]
+    curves: dict[str, Curve]
+    imports: dict[str, float]
+
+    def show(self, console: Console) -> None:
+        """Print it, for people."""
+        about = "; ".join(f"{name}: {value}" for name, value in self.machine.items())
+        console.print(about, style="dim", highlight=False)
+        table = Table("", *_COLUMNS, title="median / p95")
+        for result in self.results:
+            table.add_row(*_row_of(result))
+        console.print(table)
+        for result in self.results:
+            for column, checks in result.checks.items():
+                for check in checks:
+                    mark = "[green]met   [/green]" if check.met else "[bold red]missed[/bold red]"
+                    console.print(f"{mark} {column}: {result.title}: {check}", soft_wrap=True)
+
+    def write(self, directory: Path) -> None:
+        """Write it as JSON, and its tables as Markdown."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "benchmark.json").write_text(self.as_json())
+        (directory / "benchmark.md").write_text("\n".join(self._markdown()) + "\n")
+
+    def as_json(self) -> str:
+        results = [each.as_json() for each in self.results]
+        return json.dumps({**vars(self), "results": results}, indent=1) + "\n"
+
+    def _markdown(self) -> Iterator[str]:
+        yield "# The numbers of the last run"
+        yield ""
+        yield "Written by `make bench`; [performance.md](performance.md) says what they mean."
+        yield ""
+        yield from (f"- {name}: {value}" for name, value in self.machine.items())
+        yield from _table("Median / 95th percentile:", ["", *_COLUMNS], map(_row_of, self.results))
+        yield from _table("Where it must be:", ["what", "limit", VMBUS, FAST], self._verdicts())
+        for name, title in CURVES.items():
+            sizes = sorted({size for each in self.curves.values() for size, _ in each[name]})
+            if sizes:
+                heads = ["", *map(str, sizes)]
+                yield from _table(f"{title}, by the number of VMs:", heads, self._curve(name))
+        if self.imports:
+            rows = ([name, f"{value:.1f}"] for name, value in self.imports.items())
+            yield from _table("Imports at the service's start:", ["module", "ms of its own"], rows)
+
+    def _verdicts(self) -> Iterator[list[str]]:
+        for result in self.results:
+            first = next(iter(result.checks.values()), [])
+            for index, check in enumerate(first):
+                limit = f"{check.limit:.4g} {check.unit}".strip()
+                row = [f"{result.title}: {check.what}", limit]
+                for column in (VMBUS, FAST):
+                    found = result.checks.get(column, [])[index : index + 1]
+                    row += [f"{e.value:.3g}{'' if e.met else ' **missed**'}" for e in found] or [""]
+                yield row
+
+    def _curve(self, name: str) -> Iterator[list[str]]:
+        sizes = sorted({size for each in self.curves.values() for size, _ in each[name]})
+        for column, curve in self.curves.items():
+            found = dict(curve[name])
+            yield [column, *(f"{found[size]:.3g}" if size in found else "" for size in sizes)]
+
+
+def _row_of(result: Result) -> list[str]:
+    title = f"{result.title}, {result.unit}" if result.unit else result.title
+    return [title, *(_cell(result.columns.get(name)) for name in _COLUMNS)]
 
 
 def _cell(samples: Samples | None) -> str:
     return "" if samples is None else f"{samples.median:.3g} / {samples.p95:.3g}"
 
 
-def as_json(
-    machine: Mapping[str, str], results: Iterable[Result], curves: Mapping[str, Curve]
-) -> str:
-    whole = {
-        "machine": machine,
-        "results": [each.as_json() for each in results],
-        "curves": curves,
-    }
-    return json.dumps(whole, indent=1) + "\n"
-
-
-def write_markdown(
-    file: Path, machine: Mapping[str, str], results: Sequence[Result], curves: Mapping[str, Curve]
-) -> None:
-    """Write the numbers as tables."""
-    lines = ["# The numbers of the last run", "", "Written by `make bench`;"]
-    lines += ["[performance.md](performance.md) says what they mean.", ""]
-    lines += [f"- {name}: {value}" for name, value in machine.items()]
-    lines += ["", "Median / 95th percentile:", "", _row("", *_COLUMNS), _rule(len(_COLUMNS) + 1)]
-    for result in results:
-        title = f"{result.title}, {result.unit}" if result.unit else result.title
-        lines.append(_row(title, *(_cell(result.columns.get(name)) for name in _COLUMNS)))
-    lines += ["", "Where it must be:", "", _row("what", "limit", VMBUS, FAST), _rule(4)]
-    for result in results:
-        first = next(iter(result.checks.values()), [])
-        for index, check in enumerate(first):
-            found = [result.checks[name][index] for name in result.checks]
-            cells = [f"{each.value:.3g}{'' if each.met else ' **missed**'}" for each in found]
-            limit = f"{check.limit:.4g} {check.unit}".strip()
-            lines.append(_row(f"{result.title}: {check.what}", limit, *cells))
-    for name, title in CURVES.items():
-        lines += _curve(name, title, curves)
-    file.write_text("\n".join(lines) + "\n")
-
-
-def _curve(name: str, title: str, curves: Mapping[str, Curve]) -> list[str]:
-    sizes = sorted({size for curve in curves.values() for size, _ in curve[name]})
-    if not sizes:
-        return []
-    lines = ["", f"{title}, by the number of VMs:", "", _row("", *map(str, sizes))]
-    lines.append(_rule(len(sizes) + 1))
-    for column, curve in curves.items():
-        found = dict(curve[name])
-        cells = [f"{found[size]:.3g}" if size in found else "" for size in sizes]
-        lines.append(_row(column, *cells))
-    return lines
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(count: int) -> str:
-    return "|" + "---|" * count
+def _table(title: str, heads: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    yield from ("", title, "")
+    for row in (heads, ["---"] * len(heads), *rows):
+        yield f"| {' | '.join(row)} |"

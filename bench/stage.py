@@ -108,6 +108,11 @@ class Stage:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
+    def busy(self) -> float:
+        """How long the service has kept a CPU busy since it was started, in milliseconds."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((each / "schedstat").read_text().split()[0]) for each in tasks) / 1e6
+
     def client(self) -> Client:
         client = Client(self.bus, pwd.getpwnam(CALLER).pw_uid)
         self._parts.callback(client.close)
