@@ -7,13 +7,14 @@ import itertools
 import pwd
 import selectors
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.aside import Aside
-from bench.client import PROPERTIES, CallFailed, Client, call_frame, get_frame
+from bench.client import PROPERTIES, CallFailed, Client, Stalled, call_frame, get_frame
 from bench.crowd import Crowd
 from bench.plan import Plan
 from bench.samples import Result, Samples, timed
@@ -49,12 +50,15 @@ def measure(plan: Plan, standin: Path) -> Iterator[Result]:
             meanwhile = Samples()
             while not busy.is_done():
                 meanwhile.values.append(_now_and_then(call))
-            errors, took = busy.result()
+            errors, stalls, took = busy.result()
             tick()
         result.columns[column] = meanwhile
         result.columns[f"{column}, alone"] = alone
-        result.notes[column] = f"{_CLIENTS * calls / took:.0f} calls a second"
-        result.check(column, "errors", errors, 0)
+        said = [f"{count} times {text}" for text, count in errors.most_common(5)]
+        result.notes[column] = [f"{_CLIENTS * calls / took:.0f} calls a second", *said]
+        if stalls:
+            result.notes[column].append(f"{stalls} calls refused while polkitd stalled")
+        result.check(column, "errors", errors.total(), 0)
         ratio = meanwhile.quantile(0.99) / alone.median
         result.check(column, "p99 by its median when alone", ratio, 20)
     yield result
@@ -87,9 +91,10 @@ def _mixed(caller: Caller, path: str, calls: int) -> Generator[_Frame, bytes | N
 
 
 def _busy(bus: str, paths: Sequence[str], calls: int, channel: Connection) -> None:
-    """All of them, in one process; reports the errors, and how long it took in seconds."""
+    """All of them, in one process; sends the errors, polkitd's, and how long it took (s)."""
     uid = pwd.getpwnam(CALLER).pw_uid
-    errors = 0
+    errors: Counter[str] = Counter()
+    stalls = 0
     with selectors.DefaultSelector() as selector:
         for path in itertools.islice(itertools.cycle(paths), _CLIENTS):
             client = Client(bus, uid)
@@ -107,10 +112,12 @@ def _busy(bus: str, paths: Sequence[str], calls: int, channel: Connection) -> No
                 reply: bytes | None = None
                 try:
                     reply = client.reply()
-                except CallFailed:
-                    errors += 1
+                except Stalled:
+                    stalls += 1
+                except CallFailed as error:
+                    errors[str(error)] += 1
                 try:
                     client.send(*work.send(reply))
                 except StopIteration:
                     selector.unregister(client.socket)
-        channel.send((errors, time.perf_counter() - before))
+        channel.send((errors, stalls, time.perf_counter() - before))

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.aside import Aside
-from bench.client import Client, get_frame
+from bench.client import Client, Stalled, get_frame, patiently
 from bench.plan import Plan
 from bench.samples import Result, Samples, timed
 from bench.stage import LIST, MANAGED, Caller, Stage
@@ -60,8 +60,8 @@ class Crowd:
 
     def grow(self, size: int) -> None:
         while len(self.paths) < size:
-            path = self.caller.create()
-            self.caller.vm(path, "Start")
+            path = patiently(self.caller.create)
+            patiently(partial(self.caller.vm, path, "Start"))
             self.paths.append(path)
 
     def pids(self) -> list[int]:
@@ -134,8 +134,9 @@ def _point(crowd: Crowd, curve: Curve) -> dict[str, Samples]:
     found = {name: Samples() for name in CURVES}
     found["memory"].values.append(crowd.stage.resident())
     for _ in range(crowd.plan.rounds(40)):
-        for name, value in zip(("create", "start", "death"), crowd.one_more(), strict=True):
-            found[name].values.append(value)
+        with contextlib.suppress(Stalled):
+            for name, value in zip(("create", "start", "death"), crowd.one_more(), strict=True):
+                found[name].values.append(value)
     call = crowd.caller.client.call
     get = get_frame(BUS, crowd.paths[-1], VM, "State")
     found["get"].values = [timed(partial(call, get)) for _ in range(crowd.plan.rounds(500))]
@@ -212,7 +213,7 @@ def _check_deaths(crowd: Crowd, column: str, result: Result) -> None:
     result.check(column, "all heard within", last, 1.5, "s")
     result.check(column, "longest wait of another client", max(waits), 50, "ms")
     for path in crowd.paths:
-        crowd.caller.vm(path, "Remove")
+        patiently(partial(crowd.caller.vm, path, "Remove"))
     crowd.paths.clear()
     crowd.caller.client.arrivals.clear()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from bench import libvirt as peer
-from bench.client import GET_ID, PROPERTIES, call_frame, get_frame
+from bench.client import GET_ID, PROPERTIES, Stalled, call_frame, get_frame, patiently
 from bench.floors import spawn_and_kill
 from bench.libvirt import Libvirt
 from bench.plan import Plan
@@ -74,10 +74,10 @@ def _calls(pair: Pair) -> Iterator[Result]:
         one[PEER] = partial(client.call, get_frame(peer.BUS, domain, peer.DOMAIN, "Active"))
         every[PEER] = partial(client.call, _get_all(peer.BUS, domain, peer.DOMAIN))
         for column, caller in pair.callers.items():
-            path = caller.create()
+            path = patiently(caller.create)
             vms.callback(_end, caller, path)
-            caller.vm(path, "Start")
-            caller.vm(path, "Suspend")
+            patiently(partial(caller.vm, path, "Start"))
+            patiently(partial(caller.vm, path, "Suspend"))
             one[column] = partial(caller.client.call, get_frame(BUS, path, VM, "State"))
             every[column] = partial(caller.client.call, _get_all(BUS, path, VM))
         floor = partial(pair.client.call, GET_ID)
@@ -100,7 +100,8 @@ def _state_of_many(pair: Pair) -> Result:
     """One GetManagedObjects, against ListDomains and the properties of each; none of them runs."""
     defined = [pair.libvirt.define(f"many-{number}") for number in range(_MANY)]
     created = {
-        column: [caller.create() for _ in range(_MANY)] for column, caller in pair.callers.items()
+        column: [patiently(caller.create) for _ in range(_MANY)]
+        for column, caller in pair.callers.items()
     }
     client = pair.libvirt.client
     listing = call_frame(peer.BUS, peer.PATH, peer.CONNECT, "ListDomains", "u", 0)
@@ -121,7 +122,7 @@ def _state_of_many(pair: Pair) -> Result:
     for column, caller in pair.callers.items():
         result.check_ratio(column, 0.05)
         for path in created[column]:
-            caller.vm(path, "Remove")
+            patiently(partial(caller.vm, path, "Remove"))
     for domain in defined:
         client.call(call_frame(peer.BUS, domain, peer.DOMAIN, "Undefine", "u", 0))
     return result
@@ -138,10 +139,11 @@ def _lives(pair: Pair) -> Iterator[Result]:
     with pair.plan.progress("Lives and deaths", rounds) as tick:
         for number in range(rounds + 1):
             for name, life in lives.items():
-                birth, death = life()
-                if number:
-                    births.setdefault(name, Samples()).values.append(birth)
-                    deaths.setdefault(name, Samples()).values.append(death)
+                with contextlib.suppress(Stalled):
+                    birth, death = life()
+                    if number:
+                        births.setdefault(name, Samples()).values.append(birth)
+                        deaths.setdefault(name, Samples()).values.append(death)
             tick()
     running = Result("Create and Start until it runs", births)
     dying = Result("kill -9 of the VMM until the event", deaths)
@@ -178,8 +180,8 @@ def _vm_life(caller: Caller) -> tuple[float, float]:
 
 
 def _end(caller: Caller, path: str) -> None:
-    caller.vm(path, "Kill")
-    caller.vm(path, "Remove")
+    patiently(partial(caller.vm, path, "Kill"))
+    patiently(partial(caller.vm, path, "Remove"))
 
 
 def _create(pair: Pair) -> Result:

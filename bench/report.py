@@ -34,6 +34,9 @@ class Report:
             table.add_row(*_row_of(result))
         console.print(table)
         for result in self.results:
+            for column, notes in result.notes.items():
+                for note in notes:
+                    console.print(f"{column}: {result.title}: {note}", soft_wrap=True, markup=False)
             for column, checks in result.checks.items():
                 for check in checks:
                     mark = "[green]met   [/green]" if check.met else "[bold red]missed[/bold red]"
@@ -57,6 +60,10 @@ class Report:
         yield from (f"- {name}: {value}" for name, value in self.machine.items())
         yield from _table("Median / 95th percentile:", ["", *_COLUMNS], map(_row_of, self.results))
         yield from _table("Where it must be:", ["what", "limit", VMBUS, FAST], self._verdicts())
+        for result in self.results:
+            for column, notes in result.notes.items():
+                yield ""
+                yield f"{result.title}: {column}: {'; '.join(notes)}."
         for name, title in CURVES.items():
             sizes = sorted({size for each in self.curves.values() for size, _ in each[name]})
             if sizes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from bench.client import Stalled
 
 #: Whose numbers stand in which column.
 VMBUS = "vmbus"
@@ -70,7 +73,7 @@ class Result:
     columns: dict[str, Samples]
     unit: str = "ms"
     checks: dict[str, list[Check]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def check(self, column: str, what: str, value: float, limit: float, unit: str = "") -> None:
         self.checks.setdefault(column, []).append(Check(what, value, limit, unit))
@@ -120,13 +123,14 @@ def alternate(
 ) -> dict[str, Samples]:
     """Call them in turn, over and over, so that what else the machine does hits all of them.
 
-    Each gives one sample. The first round warms up, and doesn't count.
+    Each gives one sample, unless polkitd stalls. The first round warms up, and doesn't count.
     """
     columns = {name: Samples() for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
-            value = function()
-            if number:
-                columns[name].values.append(value)
+            with contextlib.suppress(Stalled):
+                value = function()
+                if number:
+                    columns[name].values.append(value)
         tick()
     return columns
