@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.aside import Aside
 from bench.client import Client, Stalled, get_frame, patiently
 from bench.plan import Plan
-from bench.samples import Result, Samples, timed
+from bench.samples import Result, Samples, alternate, timed
 from bench.stage import LIST, MANAGED, Caller, Stage
 from tests.rig import BUS, MANAGER, MANAGER_PATH, VM
 
@@ -81,6 +81,15 @@ class Crowd:
         self.caller.vm(path, "Remove")
         return (created - before) * 1e3, (started - created) * 1e3, (died - killed) * 1e3
 
+    def start(self) -> float:
+        """Start of one more, in milliseconds."""
+        return self.one_more()[1]
+
+    def get(self) -> float:
+        """One property of the last VM, in milliseconds."""
+        frame = get_frame(BUS, self.paths[-1], VM, "State")
+        return timed(partial(self.caller.client.call, frame))
+
     def restart(self) -> float | None:
         """Kill the service; how long a new one takes to list all VMs. None: it lists none."""
         pids = self.pids()
@@ -117,14 +126,15 @@ def measure(plan: Plan, standin: Path, curves: dict[str, Curve]) -> Iterator[Res
             curve = curves[column] = {name: [] for name in CURVES}
             sizes = SIZES[:3] if plan.quick else SIZES
             full = min(_CROWD, sizes[-1])
-            costs: dict[int, dict[str, Samples]] = {}
             with plan.progress(f"{sizes[-1]} VMs, {column}", len(sizes)) as tick:
                 tick()
                 for size in sizes:
                     crowd.grow(size)
-                    costs[size] = _point(crowd, curve)
+                    costs = _point(crowd, curve)
                     if size == full:
-                        _check_full(crowd, column, costs, results)
+                        alone = Crowd(plan, library, standin, parts)
+                        alone.grow(1)
+                        _check_full(crowd, alone, column, costs, results)
                     tick()
     yield from results.values()
 
@@ -138,8 +148,7 @@ def _point(crowd: Crowd, curve: Curve) -> dict[str, Samples]:
             for name, value in zip(("create", "start", "death"), crowd.one_more(), strict=True):
                 found[name].values.append(value)
     call = crowd.caller.client.call
-    get = get_frame(BUS, crowd.paths[-1], VM, "State")
-    found["get"].values = [timed(partial(call, get)) for _ in range(crowd.plan.rounds(500))]
+    found["get"].values = [crowd.get() for _ in range(crowd.plan.rounds(500))]
     call(MANAGED)
     found["managed"].values = [timed(partial(call, MANAGED)) for _ in range(20)]
     if crowd.adopts is not False:
@@ -153,10 +162,10 @@ def _point(crowd: Crowd, curve: Curve) -> dict[str, Samples]:
 
 
 def _check_full(
-    crowd: Crowd, column: str, costs: dict[int, dict[str, Samples]], results: dict[str, Result]
+    crowd: Crowd, alone: Crowd, column: str, full: dict[str, Samples], results: dict[str, Result]
 ) -> None:
+    """Whether a full crowd costs what it may; some of it in turn with a service that has one VM."""
     size = len(crowd.paths)
-    alone, full = costs[1], costs[size]
 
     def note(title: str, samples: Samples, unit: str = "ms") -> Result:
         result = results.setdefault(title, Result(title, {}, unit))
@@ -166,9 +175,13 @@ def _check_full(
     allowed = 60 + size * 16 / 1024
     result = note(f"{size} VMs: memory", full["memory"], "MiB")
     result.check(column, "resident", full["memory"].median, allowed, "MiB")
-    for name in ("get", "start"):
-        result = note(f"{size} VMs: {name.capitalize()}", full[name])
-        result.check(column, "ratio to the same with 1 VM", full[name] / alone[name], 1.2)
+    both = {"alone": alone, "full": crowd}
+    for name, one, rounds in (("Get", Crowd.get, 500), ("Start", Crowd.start, 40)):
+        functions = {key: partial(one, each) for key, each in both.items()}
+        found = alternate(functions, crowd.plan.rounds(rounds), lambda: None)
+        result = note(f"{size} VMs: {name}", found["full"])
+        ratio = found["full"] / found["alone"]
+        result.check(column, "ratio to the same with 1 VM", ratio, 1.2)
     result = note(f"{size} VMs: GetManagedObjects", full["managed"])
     result.check(column, "median from the second call on", full["managed"].median, 15, "ms")
     calls = _calls_while_idle(crowd.stage.pid)
