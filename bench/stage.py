@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import select
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.client import DRIVER, Client, call_frame, get_frame
+from bench.client import DRIVER, CallFailed, Client, call_frame, get_frame
 from tests.frames import Var
 from tests.polkit import Polkit
 from tests.rig import BUS, MANAGER, MANAGER_PATH, OBJECT_MANAGER, ROOT, VM, Rig, vmbusd
@@ -77,7 +78,17 @@ class Stage:
             group=USER,
             extra_groups=[],
         )
+        self._check_alive()
         return (self._name_changed() - before) * 1e3
+
+    def _check_alive(self) -> None:
+        """Wait for news of the name. Raises CallFailed when vmbusd ends before there are any."""
+        pidfd = os.pidfd_open(self.pid)
+        ended = pidfd in select.select([self._watch.socket, pidfd], [], [])[0]
+        os.close(pidfd)
+        if ended:
+            log = (self.rig.directory / "vmbusd.log").read_text()
+            raise CallFailed(f"vmbusd ended: {log}")
 
     def _name_changed(self) -> float:
         """When the name's owner next changed."""
