@@ -84,7 +84,7 @@ class Stage:
     def _check_alive(self) -> None:
         """Wait for news of the name. Raises CallFailed when vmbusd ends before there are any."""
         pidfd = os.pidfd_open(self.pid)
-        ended = pidfd in select.select([self._watch.socket, pidfd], [], [])[0]
+        ended = pidfd in select.select([self._watch.socket.fileno(), pidfd], [], [])[0]
         os.close(pidfd)
         if ended:
             log = (self.rig.directory / "vmbusd.log").read_text()
