@@ -1,11 +1,12 @@
 # The front door. Each target first makes ready what it needs; what needs root is asked for.
 
-.PHONY: help demo test test-system check deb guest format clean
+.PHONY: help demo test test-system bench check deb guest format clean
 
 help:
 	@echo "make demo        watch real guests be created, started, seen on the bus and die"
 	@echo "make test        run the tests"
 	@echo "make test-system run those that install the package into a Debian and boot it"
+	@echo "make bench       measure vmbus beside libvirt-dbus, and with thousands of VMs"
 	@echo "make check       run the linters and the type checker"
 	@echo "make deb         build the Debian package, in build/deb"
 	@echo "make format      format the code"
@@ -28,6 +29,12 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 test: ready guest user
 	@[ -z "$(SUDO)" ] || echo "==> the tests act as several users and make taps, which needs root"
 	$(SUDO) .venv/bin/pytest
+
+# The peer is installed, and both run on a bus of their own; what was found goes into docs/.
+bench: guest user
+	@tools/bootstrap.sh bench
+	@[ -z "$(SUDO)" ] || echo "==> the benchmark acts as several users and mounts, which needs root"
+	$(SUDO) .venv/bin/python -m bench
 
 # polkit takes questions about others from the user whom the actions name as their owner.
 user:

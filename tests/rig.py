@@ -64,6 +64,7 @@ _SYSTEM_BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
   <policy user="root">
     <allow own="org.freedesktop.login1"/>
   </policy>
+{others}
 </busconfig>
 """
 
@@ -79,9 +80,12 @@ _SESSION_BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Conf
 
 
 class Rig:
-    """A private bus in a directory of its own, and what was started on it."""
+    """A private bus in a directory of its own, and what was started on it.
 
-    def __init__(self, *, system: bool) -> None:
+    policies: of others who are to own names on it, where it is a system bus.
+    """
+
+    def __init__(self, *, system: bool, policies: Sequence[Path] = ()) -> None:
         self.system = system
         # Short, since socket paths are; readable by all, since other users are clients too.
         self.directory = Path(tempfile.mkdtemp(prefix="vmbus-"))
@@ -94,6 +98,7 @@ class Rig:
                 socket=socket,
                 services=self.directory / "services",
                 policy=ROOT / "data" / "dbus-1" / "system.d",
+                others="\n".join(f"  <include>{file}</include>" for file in policies),
             )
         )
         command = ["dbus-daemon", "--nofork", "--nopidfile", "--print-address=1"]

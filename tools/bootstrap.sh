@@ -1,6 +1,6 @@
 #!/bin/bash
 # Make a fresh Debian 12 ready to build and test vmbus: Debian packages, then a venv in .venv.
-# Quick, and needs no root, when there is nothing to do.
+# With the argument "bench": to measure it, too. Quick, and needs no root, when there is nothing to do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +23,16 @@ packages=(
     systemd # busctl, systemd-analyze
     util-linux
 )
+if [[ ${1-} == bench ]]; then
+    packages+=(
+        gcc
+        libc6-dev
+        libvirt-daemon-driver-qemu
+        libvirt-daemon-system
+        libvirt-dbus
+        strace
+    )
+fi
 log=build/bootstrap.log
 venv=.venv
 stamp=$venv/.stamp
@@ -114,6 +124,18 @@ install_project() {
     printf '%s\n' "$files" >"$stamp"
 }
 
+install_for_bench() {
+    local requirements
+    mapfile -t requirements < <($venv/bin/python -c '
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["bench"], sep="\n")')
+    $venv/bin/python -c 'import dbus_fast, matplotlib' 2>/dev/null && return
+    say "installing what the benchmark needs into $venv"
+    pip_install "${requirements[@]}"
+}
+
 install_packages
 make_venv
 install_project
+[[ ${1-} != bench ]] || install_for_bench

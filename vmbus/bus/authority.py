@@ -25,8 +25,8 @@ from .connection import Connection, RemoteError
 from .peers import Peers
 from .wire import Flag, Message, Variant, WireError
 
-#: Seconds for polkit to decide where no user is asked.
-POLKIT_TIMEOUT = 10.0
+#: Seconds for polkit to decide where no user is asked; polkitd 122 stands still for 15 at times.
+POLKIT_TIMEOUT = 25.0
 POLKIT = "org.freedesktop.PolicyKit1"
 POLKIT_PATH = "/org/freedesktop/PolicyKit1/Authority"
 POLKIT_AUTHORITY = "org.freedesktop.PolicyKit1.Authority"

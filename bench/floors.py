@@ -1,0 +1,91 @@
+"""What can't be had for less: a VMM spawned and asked by hand, and its end told by the kernel."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from bench.stage import GUEST
+from vmbus.files import OpenFile
+from vmbus.spec import VMConfig
+from vmbus.vmm.base import CONTROL_SOCKET, Command, Launch
+from vmbus.vmm.qemu import Qemu
+
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+
+def spawn_and_kill(params: str) -> tuple[float, float]:
+    """Start QEMU with the arguments that the service gives it, and kill it once it has answered.
+
+    Returns how long it took until its control socket answered, and from its SIGKILL until its
+    pidfd was readable; in milliseconds.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        ours, theirs = socket.socketpair()
+        config = VMConfig.model_construct(
+            kernel=_open(GUEST / "vmlinuz"), initrd=_open(GUEST / "initrd"), params=params
+        )
+        launch = Launch("floor", 3, config, directory, theirs.fileno(), False, False, 10.0)
+        command = Qemu(shutil.which("qemu-system-x86_64") or "").prepare(launch)
+        with ours, theirs:
+            before = time.perf_counter()
+            pid = _spawn(command)
+            command.close()
+            with _greeted(directory / CONTROL_SOCKET):
+                answered = time.perf_counter()
+                ended = _kill(pid)
+        config.close()
+    return (answered - before) * 1e3, ended
+
+
+def _open(path: Path) -> OpenFile:
+    return OpenFile(os.open(path, os.O_RDONLY), str(path), writable=False, size=path.stat().st_size)
+
+
+def _spawn(command: Command) -> int:
+    null = os.open(os.devnull, os.O_RDWR)
+    actions = [(os.POSIX_SPAWN_DUP2, null, each) for each in range(3)]
+    actions += [(os.POSIX_SPAWN_DUP2, each, each) for each in command.inherit]
+    try:
+        return os.posix_spawn(
+            command.argv[0], command.argv, _ENVIRONMENT, file_actions=actions, setsid=True
+        )
+    finally:
+        os.close(null)
+
+
+def _greeted(path: Path) -> socket.socket:
+    """A QMP session, begun as the service begins it: greeting, capabilities, answer."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    _read_line(sock)
+    sock.sendall(b'{"execute":"qmp_capabilities"}\r\n')
+    _read_line(sock)
+    return sock
+
+
+def _read_line(sock: socket.socket) -> None:
+    line = b""
+    while not line.endswith(b"\n"):
+        chunk = sock.recv(4096)
+        if not chunk:
+            raise ConnectionError("QEMU ended")
+        line += chunk
+
+
+def _kill(pid: int) -> float:
+    pidfd = os.pidfd_open(pid)
+    before = time.perf_counter()
+    os.kill(pid, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    took = (time.perf_counter() - before) * 1e3
+    os.waitpid(pid, 0)
+    os.close(pidfd)
+    return took
