@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.rig import ERROR, Client, Rig, Service, client, refused
+from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
 
 #: Seconds for a guest to boot on a busy host.
@@ -35,6 +36,13 @@ class Guest:
     def __init__(self, bus: Client, path: str, stream: socket.socket) -> None:
         self.bus = bus
         self.path = path
+        self.text = ""
+        self._stream = stream
+        self._stream.setblocking(False)
+
+    def take_up(self, stream: socket.socket) -> None:
+        """Go on with another stream of the same console."""
+        self._stream.close()
         self.text = ""
         self._stream = stream
         self._stream.setblocking(False)
@@ -264,10 +272,13 @@ async def test_the_guest_sees_the_power_button(bus: Client, boot: Any) -> None:
 
 async def _press_until_dead(bus: Client, path: str) -> None:
     presses = []
-    while await bus.get(path, "State") == "stopping":
-        presses.append(asyncio.create_task(bus.vm(path, "Stop", "t", int(BOOT * 1_000_000))))
-        await asyncio.wait(presses[-1:], timeout=0.5)
-    await asyncio.gather(*presses)
+    try:
+        while await bus.get(path, "State") == "stopping":
+            presses.append(asyncio.create_task(bus.vm(path, "Stop", "t", int(BOOT * 1_000_000))))
+            await asyncio.wait(presses[-1:], timeout=0.5)
+    finally:
+        await asyncio.gather(*presses, return_exceptions=True)
+    assert not any(press.exception() for press in presses)
 
 
 async def test_a_guest_that_ignores_the_power_button(bus: Client, boot: Any) -> None:
@@ -418,3 +429,39 @@ async def test_a_debugger(bus: Client, boot: Any) -> None:
         assert debugger.recv(100).lstrip(b"+").startswith(b"$")
     await bus.vm(guest.path, "Kill")
     await guest.dies()
+
+
+async def test_guests_outlive_the_service(service: Service, bus: Client, boot: Any) -> None:
+    """One that is suspended, one that is asked to end, one that talks: all go on, and are heard."""
+    talks = await boot("echo ready; read line; echo heard $line")
+    waits = await boot("echo waits; while :; do sleep 0.1; echo tick; done")
+    ends = await boot("echo ready; wait-powerbtn; echo pressed; sleep 3")
+    for guest, first in ((talks, "ready"), (waits, "waits"), (ends, "ready")):
+        await guest.prints(first)
+    await bus.vm(waits.path, "Suspend")
+    pids = [await bus.get(each.path, "Pid") for each in (talks, waits)]
+    stopping = asyncio.create_task(bus.vm(ends.path, "Stop", "t", int(BOOT * 1_000_000)))
+    await bus.until_stopping(ends.path)
+    pressing = asyncio.create_task(_press_until_dead(bus, ends.path))
+    await ends.prints("pressed")
+    service.crash()
+    for call in (stopping, pressing):
+        with pytest.raises(RemoteError):
+            await call
+    service.start()
+    states = [await bus.get(each.path, "State") for each in (talks, waits)]
+    assert states == ["running", "suspended"]
+    assert [await bus.get(each.path, "Pid") for each in (talks, waits)] == pids
+    for guest in (talks, waits):
+        (fd,) = await bus.vm(guest.path, "OpenConsole")
+        guest.take_up(socket.socket(fileno=fd))
+    await asyncio.get_running_loop().sock_sendall(talks._stream, b"you again\n")
+    await talks.prints("heard you again")
+    assert await talks.dies() == ["shutdown", 0]
+    await waits.silence()
+    await bus.vm(waits.path, "Resume")
+    await waits.prints("tick")
+    await bus.vm(waits.path, "Kill")
+    assert await waits.dies() == ["killed", -9]
+    assert (await bus.died(ends.path))[1] == "stopped"
+    ends._stream.close()

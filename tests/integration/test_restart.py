@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import select
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.polkit import polkit
 from tests.rig import (
     CROSVM,
     DEADLINE,
@@ -21,6 +24,7 @@ from tests.rig import (
     GONE,
     MANAGER,
     MANAGER_PATH,
+    STANDARD_ERROR,
     Client,
     Rig,
     Service,
@@ -29,6 +33,7 @@ from tests.rig import (
     refused,
 )
 from vmbus.bus.connection import RemoteError
+from vmbus.bus.wire import Variant
 from vmbus.vmm import pidfd as processes
 
 
@@ -444,3 +449,117 @@ async def test_every_moment_is_a_good_one_to_be_killed_in(
     reached = steps.read_text()
     for name in ("save", "spawn", "release", "died", "told", "delete", "_flush"):
         assert (f"before {name}" in reached and f"after {name}" in reached) or how == "not started"
+
+
+# Where nothing can be written
+
+
+@pytest.fixture
+def small_disk(rig: Rig) -> Iterator[tuple[Service, Path]]:
+    """A service whose runtime directory is on a file system of its own, and the rest of that."""
+    directory = rig.directory / f"run{len(rig.services)}"
+    directory.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "none", directory], check=True
+    )
+    service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
+    try:
+        yield service, directory / "ballast"
+    finally:
+        service.close()
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def _fill(ballast: Path) -> None:
+    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+async def test_full_disk_is_told_and_harms_no_vm(
+    small_disk: tuple[Service, Path], tmp_path: Path
+) -> None:
+    """What can't be written down is not begun; what runs goes on, and its death is told once."""
+    service, ballast = small_disk
+    kernel = guest(tmp_path)
+    async with client(service.rig) as bus:
+        await bus.listen()
+        running, ready = await _running(bus, kernel), await bus.create(kernel=kernel)
+        dies, ends = await _running(bus, kernel), await _running(bus, kernel)
+        _fill(ballast)
+        for what in (bus.create(kernel=kernel), bus.vm(ready, "Start")):
+            async with refused(f"{STANDARD_ERROR}Failed") as texts:
+                await what
+            assert "No space left on device" in texts[0]
+        assert await bus.get(ready, "State") == "not-started"
+        assert await bus.get(MANAGER_PATH, "VMCount") == 4
+        # It could not be written down, but is so: and the next service must not tell it again.
+        await bus.vm(dies, "Kill")
+        await bus.vm(ends, "Stop", "t", 0)
+        service.crash()
+        service.start()
+        assert await bus.get(running, "State") == "running"
+        ballast.unlink()
+        await bus.vm(ready, "Remove")
+        await bus.vm(running, "Suspend")
+        await bus.vm(running, "Kill")
+        assert (await bus.died(running))[1] == "killed"
+        assert _deaths(bus) == {running: 1, dies: 1, ends: 1}
+
+
+async def test_directory_that_cannot_be_written_to_is_told_and_harms_no_vm(tmp_path: Path) -> None:
+    """What runs is suspended, killed and told of, though nothing of it can be written down."""
+    rig = Rig(system=True)
+    kernel = guest(tmp_path)
+    try:
+        with polkit(rig), kernel.open("rb") as file:
+            service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"}, user="vmbus")
+            async with client(rig) as bus:
+                await bus.listen()
+                path = await bus.create(kernel=Variant("h", 0), fds=[file.fileno()])
+                await bus.vm(path, "Start")
+                vms = service.runtime / "vm"
+                for directory in (vms, vms / "1"):
+                    directory.chmod(0o500)
+                async with refused(f"{STANDARD_ERROR}Failed") as texts:
+                    await bus.create(kernel=Variant("h", 0), fds=[file.fileno()])
+                assert "Permission denied" in texts[0]
+                await bus.vm(path, "Suspend")
+                assert await bus.get(path, "State") == "suspended"
+                await bus.vm(path, "Kill")
+                assert (await bus.died(path))[1] == "killed"
+                for directory in (vms, vms / "1"):
+                    directory.chmod(0o700)
+                await bus.vm(path, "Remove")
+                assert [each.name for each in vms.iterdir()] == ["counters.json"]
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("part", range(4))
+async def test_random_moments_are_good_ones_too(
+    listener: Client, mortal: Service, tmp_path: Path, part: int
+) -> None:
+    """Several VMs at once, each at another point of its life, and a service killed at any time."""
+    chance = random.Random(part)
+    kernels = [guest(tmp_path, **LIVES[how]) for how in LIVES]
+    for _ in range(int(os.environ.get("VMBUS_CRASHES", "20"))):
+        listener.signals.clear()
+        lives = [
+            asyncio.create_task(_live(listener, kernel, how))
+            for kernel, how in zip(kernels, LIVES, strict=True)
+        ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(chance.uniform(0, 0.25)):
+                await asyncio.wait(lives)
+        mortal.crash()
+        for life in lives:
+            try:
+                await life
+            except RemoteError as error:
+                assert error.name in GONE, error
+        mortal.start()
+        await _settle(listener, mortal)
+        deaths = _deaths(listener)
+        assert set(deaths) == _attempted(listener)
+        assert set(deaths.values()) <= {1}
