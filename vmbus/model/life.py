@@ -64,6 +64,8 @@ class Life(Ledger):
         self._run = Run(driver, launch)
         self._controls = Controls(identity.name, settings.control_timeout)
         self._life: asyncio.Task[None] | None = None
+        #: Set when its VMM is let through, or never will be.
+        self.spawned = asyncio.Event()
         self._answered = asyncio.Event()
         self._gone = asyncio.Event()
         #: Resolved when the VM exists no more.
@@ -80,6 +82,7 @@ class Life(Ledger):
         """
         pidfd = self.holdings.take_over(kept)
         if self.alive:
+            self.spawned.set()
             self._shares.runs(self.config.memory_mib)
             self._shares.close_files()
             self._run.adopt(self.traces, pidfd)
@@ -137,6 +140,7 @@ class Life(Ledger):
         timeout = self._around.settings.start_timeout
         if not await self._run.spawn(timeout, self._held):
             return "ended before it was started"
+        self.spawned.set()
         self.holdings.close_for_run()
         return await self._until_it_answers(timeout)
 
@@ -196,6 +200,7 @@ class Life(Ledger):
             memory_actual=0,
         )
         self._log("died", f"has died: {reason}" + (f" ({said})" if said else ""))
+        self.spawned.set()
         self._have_died()
 
     def _have_died(self) -> None:

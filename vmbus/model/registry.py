@@ -26,6 +26,8 @@ from .surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
+#: Seconds that a VM which is being started has to get under way when the service ends.
+_LAST_STARTS = 2.0
 FIRST_CID = 2048
 LAST_CID = 65535
 
@@ -276,10 +278,14 @@ class Registry:
     async def let_go(self) -> None:
         """Have nothing to do with the VMs any more: they go on, and the next service finds them."""
         self._closing = True
-        for task in list(self._ending):
-            task.cancel()
-        if self._ending:
-            await asyncio.wait(self._ending)
+        starting = [asyncio.create_task(vm.spawned.wait()) for vm in self if vm.alive]
+        # A VMM that is not let through yet would never be.
+        for tasks, grace in ((starting, _LAST_STARTS), (list(self._ending), 0)):
+            if tasks:
+                await asyncio.wait(tasks, timeout=grace)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
         for vm in self:
             await vm.let_go()
 
