@@ -77,16 +77,6 @@ async def _read(stream: socket.socket, size: int) -> bytes:
     return data
 
 
-def _fill(output: int) -> bytes:
-    """Print until nothing more fits in, without anybody reading."""
-    printed = b""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            line = b"%09d\n" % (len(printed) // 10)
-            printed += line[: os.write(output, line)]
-    return printed
-
-
 async def test_flood_costs_a_bounded_number_of_reads(
     console: Console, flood: subprocess.Popen[bytes], log: CountingLog
 ) -> None:
@@ -168,23 +158,6 @@ async def test_burst_as_large_as_a_boot_log_loses_nothing(
         while sum(log.sizes) < len(printed):
             await asyncio.sleep(0)
     assert log.content() == printed
-
-
-async def test_what_does_not_fit_in_is_missed_in_the_log_once(
-    console: Console, output: int, log: CountingLog
-) -> None:
-    """Not in what readers get: that is the guest's own, byte by byte."""
-    with console.attach() as reader:
-        reader.setblocking(False)
-        printed = _fill(output)
-        assert len(printed) >= ROOM - 4096
-        assert await _read(reader, len(printed)) == printed
-        content = log.content()
-        assert content.startswith(printed)
-        assert b"printed too fast, some of it may be lost" in content[len(printed) :]
-        os.write(output, b"slowly")
-        assert await _read(reader, 6) == b"slowly"
-        assert log.content() == content + b"slowly"
 
 
 async def test_sleeping_readers_cost_the_guest_and_the_others_nothing(

@@ -26,11 +26,10 @@ INPUT, OUTPUT = f"{CONSOLE}.in", f"{CONSOLE}.out"
 #: those beyond have smaller ones.
 _ROOM = 128 * 1024
 #: Seconds between two reads of a console. So a guest that prints without end costs 100 reads a
-#: second and no more, and none of it is lost below 12 MB/s, which no serial port reaches.
+#: second and no more, and its FIFO isn't full below 12 MB/s, which no serial port reaches.
 _PAUSE = 0.01
 _CHUNK = 64 * 1024
 _LOST = b"\r\n[vmbus: while the service was away, some of the output was lost]\r\n"
-_TOO_FAST = b"\r\n[vmbus: here the guest printed too fast, some of it may be lost]\r\n"
 
 
 class BoundedLog:
@@ -103,7 +102,6 @@ class Console:
         self._silent: set[socket.socket] = set()
         self._typed = b""
         self._pause: asyncio.TimerHandle | None = None
-        self._was_full = False
 
     def plug(self) -> None:
         """Make the FIFOs and open our ends. Raises OSError."""
@@ -165,11 +163,7 @@ class Console:
 
     def _from_guest(self) -> None:
         """Take what there is, and then let some gather: a byte costs as much as thousands do."""
-        full = _is_full(self._output)
         self._take()
-        if full and not self._was_full:
-            self._log.write(_TOO_FAST)
-        self._was_full = full
         self._loop.remove_reader(self._output)
         self._pause = self._loop.call_later(_PAUSE, self._listen)
 
