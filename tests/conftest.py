@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import termios
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
@@ -58,6 +61,18 @@ def guest_files() -> tuple[Path, Path]:
     for file in files:
         assert file.exists(), f"{file} is missing: run `make guest`"
     return files
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """A terminal: the side of the user, and that of programs. It doesn't echo."""
+    user, program = pty.openpty()
+    settings = termios.tcgetattr(program)
+    settings[3] &= ~termios.ECHO
+    termios.tcsetattr(program, termios.TCSANOW, settings)
+    yield user, program
+    os.close(user)
+    os.close(program)
 
 
 @pytest.hookimpl(wrapper=True)

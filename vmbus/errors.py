@@ -13,6 +13,8 @@ _OWN = "org.vmbus1.Error."
 _STANDARD = "org.freedesktop.DBus.Error."
 #: How many problems one message names; a hostile config could have thousands.
 _MAX_PROBLEMS = 40
+#: What a service that ends says to whoever still waits for an answer.
+ENDING = "the service is shutting down"
 
 
 class VMBusError(Exception):

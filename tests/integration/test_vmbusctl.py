@@ -5,28 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
+from tests.ctl import VMBUSCTL, Running
 from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, Client, Rig, Service, guest
 from vmbus.bus.connection import RemoteError
 
-#: Warnings count as failures, on stderr for all to see.
-VMBUSCTL = (sys.executable, "-W", "error", "-c", "from vmbus.cli import main; main()")
 MIB = 1 << 20
-#: Signals that come closer to each other are one (vmbus.cli.common).
-APART = 0.3
 
 Done = subprocess.CompletedProcess[str]
 Ctl = Callable[..., Done]
@@ -63,78 +57,6 @@ def ctl(service: Service) -> Ctl:
 def name(tmp_path: Path) -> str:
     """A name that no other test has for its VM."""
     return tmp_path.name.replace("_", "-")[-40:].lstrip("-")
-
-
-class Running:
-    """A vmbusctl that runs until it is told to end, with pipes or with a terminal."""
-
-    def __init__(self, rig: Rig, *arguments: str, terminal: int | None = None) -> None:
-        ends = subprocess.PIPE if terminal is None else terminal
-        self.process = subprocess.Popen(
-            [*VMBUSCTL, "--user", *arguments],
-            env=rig.environment,
-            stdin=ends,
-            stdout=ends,
-            stderr=subprocess.PIPE,
-        )
-        self.pidfd = os.pidfd_open(self.process.pid)
-        self.heard: dict[int, bytes] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self.pidfd)
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
-
-    @property
-    def stdout(self) -> int:
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
-
-    @property
-    def stderr(self) -> int:
-        assert self.process.stderr is not None
-        return self.process.stderr.fileno()
-
-    def type(self, text: bytes) -> None:
-        assert self.process.stdin is not None
-        os.write(self.process.stdin.fileno(), text)
-
-    def until(self, fd: int, wanted: bytes) -> bytes:
-        """Read until something was said; gives all that was."""
-        deadline = time.monotonic() + DEADLINE
-        while wanted not in self.heard.setdefault(fd, b""):
-            left = max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([fd], [], [], left)
-            assert ready, f"no {wanted!r} in {self.heard}"
-            data = os.read(fd, 65536)
-            assert data, f"no {wanted!r} in {self.heard}, and no more to come"
-            self.heard[fd] += data
-        return self.heard[fd]
-
-    def rest(self, fd: int) -> str:
-        """All that was said until the end of the stream."""
-        heard = self.heard.setdefault(fd, b"")
-        while data := os.read(fd, 65536):
-            heard += data
-        return heard.decode()
-
-    def goes_on(self, seconds: float = APART) -> bool:
-        return not select.select([self.pidfd], [], [], seconds)[0]
-
-    def status(self) -> int:
-        assert not self.goes_on(DEADLINE), f"still running; {self.heard}"
-        return self.process.wait()
 
 
 async def _running(bus: Client, kernel: Path, **config: Any) -> str:
@@ -423,18 +345,6 @@ async def test_a_second_signal_to_run_kills_the_vm(
 
 
 # The console and its log
-
-
-@pytest.fixture
-def terminal() -> Iterator[tuple[int, int]]:
-    """A terminal: the side of the user, and that of programs. It doesn't echo."""
-    user, program = pty.openpty()
-    settings = termios.tcgetattr(program)
-    settings[3] &= ~termios.ECHO
-    termios.tcsetattr(program, termios.TCSANOW, settings)
-    yield user, program
-    os.close(user)
-    os.close(program)
 
 
 def _type(running: Running, terminal: tuple[int, int]) -> None:

@@ -65,7 +65,7 @@ def test_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("stop_timeout = 86400", "stop_timeout", 86400.0),
         ("shutdown_timeout = 3600", "shutdown_timeout", 3600.0),
         ("console_log_bytes = 4096", "console_log_bytes", 4096),
-        ("console_log_bytes = 1073741824", "console_log_bytes", 1 << 30),
+        ("console_log_bytes = 16777216", "console_log_bytes", 1 << 24),
     ],
 )
 def test_file_changes_one_setting_and_no_other(
@@ -97,7 +97,7 @@ def test_file_changes_one_setting_and_no_other(
         ("stop_timeout = inf", "stop_timeout"),
         ("shutdown_timeout = []", "shutdown_timeout"),
         ("console_log_bytes = 4095", "console_log_bytes"),
-        ("console_log_bytes = 1073741825", "console_log_bytes"),
+        ("console_log_bytes = 16777217", "console_log_bytes"),
         ("console_log_bytes = 4096.5", "console_log_bytes"),
         ("console_log_bytes = 'much'", "console_log_bytes"),
     ],

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from ..errors import (
+    ENDING,
     InvalidArgs,
     LimitExceeded,
     UnknownInterface,
@@ -34,7 +35,6 @@ from .wire import Flag, Kind, Message, WireError
 log = logging.getLogger(__name__)
 
 _MAX_ERROR_TEXT = 4000
-_ENDING = "the service is shutting down"
 
 
 class Gate:
@@ -71,7 +71,7 @@ class Gate:
             return
         try:
             if self._closed:
-                raise VMBusError(_ENDING)
+                raise VMBusError(ENDING)
             method, types, call = self._resolve(message)
             sender = message.sender or ""
             if method.access is not Access.CREATE:
@@ -234,7 +234,7 @@ class Gate:
                 result = await work
             self._reply(message, types, result)
         except asyncio.CancelledError:
-            self._fail(message, VMBusError(_ENDING))
+            self._fail(message, VMBusError(ENDING))
             raise
         except Exception as error:
             self._fail(message, error)

@@ -1,160 +1,122 @@
-"""A guest's console at a terminal or in a pipe: console and logs, and what run has of them."""
+"""A guest's console at a terminal or in a pipe: the command, and what run has of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
-import termios
-import tty
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable
 
-import click
-
+from . import terminal
+from .comeback import comeback, console_again
 from .common import Options, command, connect, name_argument, say
+from .terminal import Screen, in_foreground, raw, takes_keys
 from .text import clean
 
-_STDIN, _STDOUT = 0, 1
 _ESCAPE = b"\x1d"
-#: What a pipe that is ready for writing takes at once.
-_PIPE_BUF = 4096
 _CHUNK = 64 * 1024
 
 
-async def attend(console: socket.socket, begin: asyncio.Event) -> bool:
-    """Copy a console to stdout until it ends, and from `begin` on stdin to the console.
+class Joint:
+    """stdin and stdout, joined to a console; `stream` is closed with it.
 
-    Returns whether the user left it by the escape key.
+    again: gives another stream when one has ended, or None when there won't be any more.
     """
-    console.setblocking(False)
-    output = asyncio.create_task(_copy_out(console))
-    typing = asyncio.create_task(_copy_in(console, begin))
-    try:
-        await asyncio.wait({output, typing}, return_when=asyncio.FIRST_COMPLETED)
-        if typing.done() and typing.result():
-            return True
-        await output
-        return False
-    finally:
-        for task in (output, typing):
-            task.cancel()
-        await asyncio.wait({output, typing})
 
+    def __init__(
+        self, stream: socket.socket, again: Callable[[], Awaitable[socket.socket | None]]
+    ) -> None:
+        self._again = again
+        self._stream: socket.socket | None = None
+        self._streams = contextlib.ExitStack()
+        self._there = asyncio.Event()
+        self._screen = Screen()
+        self._take(stream)
 
-def takes_keys() -> bool:
-    """Whether stdin is a terminal, which then is the guest's."""
-    return os.isatty(_STDIN)
+    async def attend(self, begin: asyncio.Event) -> bool:
+        """Copy the console to stdout until it ends, and from `begin` on stdin to the console.
 
-
-async def _copy_out(console: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    last = b""
-    # A console that closes with our typing still unread says so by a reset.
-    with contextlib.suppress(ConnectionResetError):
-        while data := await loop.sock_recv(console, _CHUNK):
-            await write_all(_STDOUT, data)
-            last = data[-1:]
-    if os.isatty(_STDOUT) and last not in (b"", b"\n"):
-        await write_all(_STDOUT, b"\r\n")
-
-
-async def _copy_in(console: socket.socket, begin: asyncio.Event) -> bool:
-    """Copy stdin until its end or the escape key; whether it was the key."""
-    await begin.wait()
-    terminal = takes_keys()
-    if terminal and not _in_foreground(_STDIN):
-        return False
-    with _raw(_STDIN) if terminal else contextlib.nullcontext():
-        while data := await _read(_STDIN):
-            typed, escape, _ = data.partition(_ESCAPE) if terminal else (data, b"", b"")
-            try:
-                await asyncio.get_running_loop().sock_sendall(console, typed)
-            except ConnectionError:
-                return False
-            if escape:
+        Returns whether the user left it by the escape key.
+        """
+        output = asyncio.create_task(self._copy_out())
+        typing = asyncio.create_task(self._copy_in(begin))
+        try:
+            await asyncio.wait({output, typing}, return_when=asyncio.FIRST_COMPLETED)
+            if typing.done() and typing.result():
                 return True
-    return False
+            await output
+            return False
+        finally:
+            for task in (output, typing):
+                task.cancel()
+            await asyncio.wait({output, typing})
+            self._streams.close()
+            with contextlib.suppress(OSError):
+                await self._screen.leave()
 
+    def _take(self, stream: socket.socket | None) -> None:
+        self._stream = stream
+        if stream is not None:
+            # Those that have ended stay open until the end: somebody may be writing to one.
+            self._streams.enter_context(stream)
+            stream.setblocking(False)
+            self._there.set()
 
-async def _read(fd: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    await _ready(fd, loop.add_reader, loop.remove_reader)
-    try:
-        return os.read(fd, _CHUNK)
-    except OSError:
-        return b""
+    async def _copy_out(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._stream is not None:
+            # A console that closes with our typing still unread says so by a reset.
+            with contextlib.suppress(ConnectionResetError):
+                while data := await loop.sock_recv(self._stream, _CHUNK):
+                    await self._screen.show(data)
+            self._there.clear()
+            self._take(await self._again())
 
+    async def _copy_in(self, begin: asyncio.Event) -> bool:
+        """Copy stdin until its end or the escape key; whether it was the key."""
+        await begin.wait()
+        keys = takes_keys()
+        if keys and not in_foreground():
+            return False
+        with raw() if keys else contextlib.nullcontext():
+            while data := await self._read(keys):
+                typed, escape, _ = data.partition(_ESCAPE) if keys else (data, b"", b"")
+                await self._type(typed)
+                if escape:
+                    return True
+        return False
 
-async def write_all(fd: int, data: bytes) -> None:
-    """Write without ever holding up the event loop, so that signals are heard meanwhile."""
-    loop = asyncio.get_running_loop()
-    view = memoryview(data)
-    while view:
-        await _ready(fd, loop.add_writer, loop.remove_writer)
-        view = view[os.write(fd, view[:_PIPE_BUF]) :]
+    async def _read(self, keys: bool) -> bytes:
+        if not keys:
+            # Keys are heard at any time, for one of them leaves; a pipe keeps what it has.
+            await self._there.wait()
+        return await terminal.read()
 
-
-async def _ready(fd: int, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
-    """Wait until a descriptor can be read or written; what epoll refuses always can."""
-    ready = asyncio.Event()
-    try:
-        add(fd, ready.set)
-    except PermissionError:
-        await asyncio.sleep(0)
-        return
-    try:
-        await ready.wait()
-    finally:
-        remove(fd)
-
-
-def _in_foreground(fd: int) -> bool:
-    """Whether this terminal is ours to read; a job in the background would be stopped by it."""
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:
-        return True
-
-
-@contextlib.contextmanager
-def _raw(fd: int) -> Iterator[None]:
-    before = termios.tcgetattr(fd)
-    tty.setraw(fd, termios.TCSADRAIN)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+    async def _type(self, typed: bytes) -> None:
+        if self._stream is not None and self._there.is_set():
+            try:
+                await asyncio.get_running_loop().sock_sendall(self._stream, typed)
+            except ConnectionError:
+                self._there.clear()
 
 
 @command()
 @name_argument
 async def console(options: Options, name: str) -> None:
-    """Join the console of a VM. At a terminal ^] leaves it."""
-    async with connect(options) as bus:
-        with await (await bus.vm(name)).open_console() as stream:
-            if takes_keys():
-                say(f"vmbusctl: {clean(name)}: the console; ^] leaves it")
-            begin = asyncio.Event()
-            begin.set()
-            left = await attend(stream, begin)
+    """Join the console of a VM. At a terminal ^] leaves it.
+
+    When the service is restarted meanwhile, the console is joined again.
+    """
+    async with connect(options) as bus, comeback(bus, name) as service:
+        vm = await bus.vm(name)
+        joint = Joint(await vm.open_console(), lambda: console_again(vm, service))
+        if takes_keys():
+            say(f"vmbusctl: {clean(name)}: the console; ^] leaves it")
+        begin = asyncio.Event()
+        begin.set()
+        left = await joint.attend(begin)
     if takes_keys():
-        say(f"\nvmbusctl: {clean(name)}: left" if left else f"vmbusctl: {clean(name)}: ended")
+        say(f"vmbusctl: {clean(name)}: {'left' if left else 'ended'}")
 
 
-@command()
-@name_argument
-@click.option("-n", "--lines", type=click.IntRange(min=0), metavar="N", help="Only the last N.")
-async def logs(options: Options, name: str, lines: int | None) -> None:
-    """Print what the console of a VM has printed, also after its death."""
-    async with connect(options) as bus:
-        with await (await bus.vm(name)).open_log() as log:
-            data = log.read()
-    if lines is not None:
-        data = b"".join(data.splitlines(keepends=True)[-lines:] if lines else [])
-    await write_all(_STDOUT, data)
-
-
-COMMANDS = (console, logs)
+COMMANDS = (console,)

@@ -51,6 +51,13 @@ def explain(what: str, error: Exception, *, user: bool) -> Failure:
     return Failure(what, reason, _HINTS.get(type(error), "").format(what=what))
 
 
+def is_away(error: Exception) -> bool:
+    """Whether an error stands for a service that isn't there, or is about to leave."""
+    if isinstance(error, RemoteError):
+        return error.name.removeprefix(_STANDARD).startswith((*_NOT_RUNNING, "NoReply"))
+    return type(error) is errors.VMBusError and str(error) == errors.ENDING
+
+
 def no_bus(what: str, error: OSError, *, user: bool) -> Failure:
     """The failure to reach a bus at all."""
     which, other = ("session", "without") if user else ("system", "with")

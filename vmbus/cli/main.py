@@ -10,7 +10,7 @@ import sys
 import click
 
 from .. import __version__
-from . import act, console, exits, run, show, tune
+from . import act, console, exits, logs, run, show, tune
 from .common import Ended, global_options, say
 from .failures import Failure
 from .text import clean
@@ -32,7 +32,7 @@ def cli(context: click.Context) -> None:
         context.exit(exits.MISUSED)
 
 
-for _module in (show, act, run, console, tune):
+for _module in (show, act, run, console, logs, tune):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import click
 
 from ..client import VM, VMBus
 from ..errors import InvalidState, StartFailed, UnknownObject
-from ..events import Changed, Death, Events
+from ..events import Changed, Death, Died, Events
 from . import exits
+from .comeback import GONE, Comeback, console_again
 from .common import Ended, Options, command, connect, hear_signals, say
-from .console import attend, takes_keys
+from .console import Joint
 from .failures import EXPECTED, explain
 from .spec import config_of, config_options
+from .terminal import takes_keys
 from .text import clean
 
 #: Seconds that a VM may take to go after a failure.
@@ -34,7 +37,8 @@ async def run(options: Options, collect: bool, **config: Any) -> int:
     At a terminal all keys go to the guest, and ^] leaves the VM running by itself. Otherwise
     stdin is copied to the guest.
 
-    SIGTERM stops the VM in good order, a second one kills it; so does SIGINT.
+    SIGTERM stops the VM in good order, a second one kills it; so does SIGINT. When the service is
+    restarted meanwhile, the VM is attended again.
     """
     async with connect(options) as bus:
         vm = await bus.create(**config_of(config, collect=collect))
@@ -60,33 +64,35 @@ class _Attendance:
         self._options = options
         self._bus = bus
         self._vm = vm
+        self._service = Comeback(self.name)
         self._last_words = ""
+        self._death: Death | None = None
         self._signals = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> int:
         """Attend the VM until it has died, or the user leaves it. Returns the exit status."""
-        self.name = (await self._vm.properties()).name
+        self.name = self._service.name = (await self._vm.properties()).name
         try:
             async with await self._bus.events() as events:
                 self._spawn(self._listen(events))
-                with await self._vm.open_console() as console:
-                    begin = asyncio.Event()
-                    attending = self._spawn(attend(console, begin))
-                    living = self._spawn(self._live(begin, attending))
-                    hear_signals(self._on_signal)
-                    either: set[asyncio.Future[Any]] = {living, self._failed}
-                    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                    if not living.done():
-                        self._failed.result()
-                    return self._tell(await living)
+                joint = Joint(await self._vm.open_console(), self._console_again)
+                begin = asyncio.Event()
+                attending = self._spawn(joint.attend(begin))
+                living = self._spawn(self._live(begin, attending))
+                hear_signals(self._on_signal)
+                either: set[asyncio.Future[Any]] = {living, self._failed}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not living.done():
+                    self._failed.result()
+                return self._tell(await living)
         finally:
             await self._end_tasks()
 
     async def _live(self, begin: asyncio.Event, attending: asyncio.Task[bool]) -> Death | None:
         # Asked for before Start, since a VM that is collected can't be asked after its death.
-        death = self._spawn(self._vm.wait())
+        death = self._spawn(self._until_dead())
         with contextlib.suppress(StartFailed):
             await self._vm.start()
             if takes_keys():
@@ -97,14 +103,29 @@ class _Attendance:
             return None
         return await death
 
+    async def _console_again(self) -> socket.socket | None:
+        return await console_again(self._vm, self._service)
+
+    async def _until_dead(self) -> Death:
+        try:
+            return await self._service.insist(self._vm.wait)
+        except GONE:
+            # It has died while the service was away, and is collected.
+            if self._death is None:
+                raise
+            return self._death
+
     async def _listen(self, events: Events) -> None:
         async for event in events:
+            self._service.heard(event)
             if isinstance(event, Changed) and event.path == self._vm.path:
                 self._last_words = event.values.get("last_words", self._last_words)
+            elif isinstance(event, Died) and event.path == self._vm.path:
+                self._death = event.death
 
     def _tell(self, death: Death | None) -> int:
         if death is None:
-            say(f'\nvmbusctl: {clean(self.name)}: left running; see "vmbusctl console"')
+            say(f'vmbusctl: {clean(self.name)}: left running; see "vmbusctl console"')
             return 0
         status = exits.exit_status(death.reason)
         words = self._last_words if status else ""
@@ -124,13 +145,13 @@ class _Attendance:
         if self._signals > 2:
             self._fail(Ended(exits.BY_SIGNAL + number))
             return
-        self._spawn(self._end(self._vm.stop() if self._signals == 1 else self._vm.kill()))
+        self._spawn(self._end(self._vm.stop if self._signals == 1 else self._vm.kill))
 
-    async def _end(self, ending: Coroutine[Any, Any, None]) -> None:
+    async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
         try:
             # It may be dead and forgotten already.
             with contextlib.suppress(UnknownObject):
-                await ending
+                await self._service.insist(end)
         except EXPECTED as error:
             self._fail(error)
 

@@ -13,8 +13,6 @@ import logging
 import os
 import select
 import socket
-import struct
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +21,14 @@ log = logging.getLogger(__name__)
 #: The FIFOs' names in a VM's directory of temporary files, as QEMU calls a pair of them.
 CONSOLE = "console"
 INPUT, OUTPUT = f"{CONSOLE}.in", f"{CONSOLE}.out"
+#: Bytes that the output's FIFO holds: what may be printed between two reads, or while the service
+#: is away. The kernel grants a user 64 MiB in all FIFOs; so there is room for about 500 VMs, and
+#: those beyond have smaller ones.
+_ROOM = 128 * 1024
+#: Seconds between two reads of a console. So a guest that prints without end costs 100 reads a
+#: second and no more, and its FIFO isn't full below 12 MB/s, which no serial port reaches.
+_PAUSE = 0.01
 _CHUNK = 64 * 1024
-#: How much a FIFO may hold, as the kernel has it.
-_MOST_LEFT = 1024 * 1024
 _LOST = b"\r\n[vmbus: while the service was away, some of the output was lost]\r\n"
 
 
@@ -42,9 +45,10 @@ class BoundedLog:
 
     def write(self, data: bytes) -> None:
         """Append, dropping the oldest. Where the disk is full, the new is dropped."""
+        newest = data[-2 * self._half :]
         try:
-            for start in range(0, len(data), self._half):
-                self._append(data[start : start + self._half])
+            for start in range(0, len(newest), self._half):
+                self._append(newest[start : start + self._half])
         except OSError as error:
             if not self._failed:
                 self._failed = True
@@ -55,8 +59,9 @@ class BoundedLog:
         copy = os.memfd_create("console-log", os.MFD_CLOEXEC)
         try:
             for path in (self._older, self._newer):
-                if path.exists():
-                    os.write(copy, path.read_bytes())
+                with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+                    while os.sendfile(copy, file.fileno(), None, 1 << 30):
+                        pass
             return os.open(f"/proc/self/fd/{copy}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(copy)
@@ -96,30 +101,30 @@ class Console:
         self._closed: dict[socket.socket, Callable[[], None]] = {}
         self._silent: set[socket.socket] = set()
         self._typed = b""
+        self._pause: asyncio.TimerHandle | None = None
 
     def plug(self) -> None:
         """Make the FIFOs and open our ends. Raises OSError."""
         for name in (INPUT, OUTPUT):
             os.mkfifo(self._directory / name, 0o600)
         self._open()
+        # Refused where the user has too much in FIFOs already; what they have will do then.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
+            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _ROOM)
 
     def plug_again(self) -> None:
         """Open our ends of FIFOs that were there before us. Raises OSError."""
         self._open()
         if _is_full(self._output):
-            self._from_guest()
+            self._take()
             self._log.write(_LOST)
 
     def _open(self) -> None:
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
-        output = os.open(self._directory / OUTPUT, os.O_RDONLY | flags)
-        try:
-            # For reading too, or it couldn't be opened before the VMM has its end.
-            self._input = os.open(self._directory / INPUT, os.O_RDWR | flags)
-        except BaseException:
-            os.close(output)
-            raise
-        self._output = output
+        # Both ways, so that neither has to have another end, or ever comes to one.
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        self._output = os.open(self._directory / OUTPUT, flags)
+        self._input = os.open(self._directory / INPUT, flags)
         self._loop.add_reader(self._output, self._from_guest)
 
     def attach(self, closed: Callable[[], None] = lambda: None) -> socket.socket:
@@ -149,30 +154,31 @@ class Console:
 
     def close(self) -> None:
         """Take what the VMM left behind, then end the stream for everybody."""
-        # No more than a FIFO may hold: one that is let go may print faster than it is read.
-        for _ in range(_MOST_LEFT // _CHUNK):
-            if not self._from_guest():
-                break
+        if self._output >= 0:
+            self._take()
         self._unplug()
         for reader in list(self._readers):
             self._detach(reader)
         self._log.close()
 
-    def _from_guest(self) -> bool:
-        if self._output < 0:
-            return False
+    def _from_guest(self) -> None:
+        """Take what there is, and then let some gather: a byte costs as much as thousands do."""
+        self._take()
+        self._loop.remove_reader(self._output)
+        self._pause = self._loop.call_later(_PAUSE, self._listen)
+
+    def _listen(self) -> None:
+        self._loop.add_reader(self._output, self._from_guest)
+
+    def _take(self) -> None:
+        """Read all that the FIFO can hold, and hand it on."""
         try:
-            data = os.read(self._output, _CHUNK)
+            data = os.read(self._output, _ROOM)
         except BlockingIOError:
-            return False
-        if not data:
-            # The VMM has its end no more, or not yet.
-            self._loop.remove_reader(self._output)
-            return False
+            return
         self._log.write(data)
         for reader in list(self._readers):
             self._give(reader, data)
-        return True
 
     def _give(self, reader: socket.socket, data: bytes) -> None:
         try:
@@ -227,18 +233,21 @@ class Console:
         self._closed.pop(reader)()
 
     def _unplug(self) -> None:
-        if self._output >= 0:
-            self._loop.remove_reader(self._output)
-            self._loop.remove_writer(self._input)
-            os.close(self._output)
-            os.close(self._input)
-            self._output = self._input = -1
+        if self._pause is not None:
+            self._pause.cancel()
+        for fd in (self._output, self._input):
+            if fd >= 0:
+                self._loop.remove_reader(fd)
+                self._loop.remove_writer(fd)
+                os.close(fd)
+        self._output = self._input = -1
 
 
 def _is_full(fifo: int) -> bool:
     """Whether a FIFO holds so much that something may not have fitted in any more."""
-    held = struct.unpack("i", fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)))[0]
-    return bool(held > fcntl.fcntl(fifo, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF)
+    poll = select.poll()
+    poll.register(fifo, select.POLLOUT)
+    return not poll.poll(0)
 
 
 def _hung_up(stream: socket.socket) -> bool:

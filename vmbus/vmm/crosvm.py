@@ -182,10 +182,11 @@ def _net(net: Net, command: Command) -> str:
 def _console(directory: Path, command: Command) -> list[str]:
     """Both FIFOs are open both ways, so that neither ever comes to an end, whoever else goes.
 
-    What a full one doesn't take is lost, or the guest would stand still until somebody reads.
+    A full one holds the guest up: crosvm takes one that refuses for a broken port, and its guest's
+    terminal would stand still for good.
     """
     both = os.O_RDWR | os.O_CLOEXEC
-    out = command.own_fd(os.open(directory / OUTPUT, both | os.O_NONBLOCK))
+    out = command.own_fd(os.open(directory / OUTPUT, both))
     typed = command.own_fd(os.open(directory / INPUT, both))
     serial = _options(
         type="file",
