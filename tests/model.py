@@ -27,6 +27,7 @@ DENIED = _STANDARD + "AccessDenied"
 INTERACTIVE = _STANDARD + "InteractiveAuthorizationRequired"
 INVALID_ARGS = _STANDARD + "InvalidArgs"
 UNKNOWN_OBJECT = _STANDARD + "UnknownObject"
+NO_REPLY = _STANDARD + "NoReply"
 
 ALIVE = frozenset({"starting", "running", "suspended", "stopping"})
 OVER = frozenset({"dead", "failed"})
@@ -35,6 +36,7 @@ LEAST_MEMORY, MEMORY = 16 << 20, MEMORY_MIB << 20
 #: The administrator's rules let Alice and Bob create VMs, and Bob manage Alice's; Carol has what
 #: everybody has.
 ROOT, ALICE, BOB, CAROL = USERS = 0, 5, 6, 2
+CREATORS = ROOT, ALICE, BOB
 #: As the service is set.
 VMS_OF_A_USER, VMS_IN_ALL = 4, 9
 RUNNING_OF_A_USER, RUNNING_IN_ALL = 2, 5
@@ -102,6 +104,8 @@ GUESTS = [
         on_adjust=End("guest-panic", 34),
     ),
 ]
+#: What becomes of one that was not started when the service was.
+LOST = Guest("lost", fails=127)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ class VM:
     doomed: End | None = None
     memory: int = MEMORY
     disk: int = 0
+    #: The service that opened its files is gone, and its disks can't grow any more.
+    lost: bool = False
 
     @property
     def alive(self) -> bool:
@@ -257,6 +263,16 @@ class World:
         calls = tuple(call for call in self.calls if call.connection != connection)
         return replace(self, vms=tuple(vms), calls=calls)._answered()
 
+    def served_anew(self) -> World:
+        """The service is killed, and another takes its place."""
+        vms = []
+        for vm in self.vms:
+            if vm.state == "not-started":
+                vm = replace(vm, config=replace(vm.config, guest=LOST))
+            vms.append(replace(vm, lost=True))
+        answers = tuple((call.number, NO_REPLY, None) for call in self.calls)
+        return replace(self, vms=tuple(vms), calls=(), answers=answers)
+
     def struck(self, key: int, signal: int) -> World:
         """Somebody on the host sends the VMM a signal."""
         reason = "crash" if signal == 6 else "signal"
@@ -319,7 +335,7 @@ class World:
 
     def _refusal(self, call: Call, owner: int | None) -> str:
         """Why the caller may not, if so. `owner`: whose VM it is about, None for a new one."""
-        by_rule = {None: (ALICE, BOB), ALICE: (BOB,)}.get(owner, ())
+        by_rule = {None: CREATORS, ALICE: (BOB,)}.get(owner, ())
         if call.uid in (ROOT, owner, *by_rule):
             return ""
         return DENIED if call.interactive else INTERACTIVE
@@ -344,11 +360,10 @@ class World:
         vm = self.vm(call.vm)
         refusal = "" if call.method == "Wait" else self._refusal(call, vm.owner)
         if not vm.exists:
-            # It went after the call was sent: before polkit had decided, meanwhile or thereafter.
+            # It went after the call was sent: before polkit had decided, or thereafter.
             yield self._answer(call, UNKNOWN_OBJECT)
-            if call.method != "Wait":
-                yield self._answer(call, refusal or DENIED)
-                yield self._answer(call, DENIED)
+            if refusal:
+                yield self._answer(call, refusal)
         elif refusal:
             yield self._answer(call, refusal)
         else:
@@ -418,29 +433,29 @@ class World:
         return self._on(call, Phase.ASKING)
 
     def _ask(self, call: Call) -> Iterator[World]:
-        """What was asked of the VMM is done, or comes too late."""
+        """The VMM's turn has come: what was asked of it is done, or comes too late."""
         vm = self.vm(call.vm)
+        changed = {
+            "Suspend": replace(vm, state="suspended"),
+            "Resume": replace(vm, state="running"),
+            "SetMemoryTarget": replace(vm, memory=call.args[0] if call.args else 0),
+            "ResizeDisk": replace(vm, disk=max(vm.disk, call.args[-1] if call.args else 0)),
+        }[call.method]
         from_states = {"Suspend": ["running"], "Resume": ["suspended"]}
-        in_time = vm.state in from_states.get(call.method, ["running", "suspended"])
-        changed = vm
-        if call.method in ("Suspend", "Resume"):
-            state = "suspended" if call.method == "Suspend" else "running"
-            changed = replace(vm, state=state) if in_time else vm
-        elif call.method == "SetMemoryTarget":
-            changed = replace(vm, memory=call.args[0])
-        elif call.args[1] > vm.disk:
-            changed = replace(vm, disk=call.args[1])
-        elif in_time:
-            yield self._answer(call, INVALID_ARGS)
+        if vm.state in from_states.get(call.method, ["running", "suspended"]):
+            yield self._asked(call, vm, changed)
             return
-        if not in_time:
-            # It went, or was about to, with the request in its hands.
-            for each in (vm, changed):
-                yield self._with(each)._answer(call, INVALID_STATE)
-                yield self._with(each)._answer(call, CONTROL_FAILED)
-            if call.method in ("SetMemoryTarget", "ResizeDisk"):
-                yield self._with(changed)._answer(call, DONE)
-        elif call.method == "Suspend" and not vm.config.guest.suspends:
+        yield self._answer(call, INVALID_STATE)
+        if vm.state in OVER:
+            # It went with the request in its hands.
             yield self._answer(call, CONTROL_FAILED)
-        else:
-            yield self._with(changed)._answer(call, DONE)
+            yield self._with(replace(vm, disk=changed.disk))._answer(call, CONTROL_FAILED)
+
+    def _asked(self, call: Call, vm: VM, changed: VM) -> World:
+        if call.method == "ResizeDisk" and vm.lost:
+            return self._answer(call, NOT_SUPPORTED)
+        if call.method == "ResizeDisk" and changed == vm:
+            return self._answer(call, INVALID_ARGS)
+        if call.method == "Suspend" and not vm.config.guest.suspends:
+            return self._answer(call, CONTROL_FAILED)
+        return self._with(changed)._answer(call, DONE)
