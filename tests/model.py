@@ -40,6 +40,8 @@ CREATORS = ROOT, ALICE, BOB
 #: As the service is set.
 VMS_OF_A_USER, VMS_IN_ALL = 4, 9
 RUNNING_OF_A_USER, RUNNING_IN_ALL = 2, 5
+#: Microseconds: who has less time is expected to be out of it in the end.
+IN_A_HURRY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,6 @@ class End:
 
     reason: str
     status: int
-
-
-KILLED = End("killed", -9)
-#: Kill was asked, or the time was over, just as the VMM went by itself.
-KILLED_LATE = End("killed", 0)
-STOPPED = End("stopped", 0)
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,10 @@ class VM:
     state: str = "not-started"
     ran: bool = False
     end: End | None = None
+    #: The reasons of a Stop that came first, of Stops with little time, and of a Kill.
+    asked_for: str = ""
+    in_a_hurry_for: frozenset[str] = frozenset()
     killed_for: str = ""
-    in_a_hurry: bool = False
     doomed: End | None = None
     memory: int = MEMORY
     disk: int = 0
@@ -173,22 +171,30 @@ class VM:
         if self.state == "stopping":
             yield from self._stopping(guest)
 
+    def stopped(self, reason: str, *, in_a_hurry: bool) -> VM:
+        """Somebody wants it to end in good order, or else when the time is over."""
+        forced = "killed" if reason == "stopped" else reason
+        if self.state == "starting":
+            return replace(self, killed_for=self.killed_for or forced)
+        hurries = self.in_a_hurry_for | ({forced} if in_a_hurry else set())
+        asked_for = self.asked_for or reason
+        return replace(self, state="stopping", asked_for=asked_for, in_a_hurry_for=hurries)
+
     def _stopping(self, guest: Guest) -> Iterator[VM]:
+        forced = {self.killed_for} if self.killed_for else self.in_a_hurry_for
         if guest.then is not None and guest.then.reason in ("shutdown", "reboot"):
-            yield self.ended(End("stopped", guest.then.status))
-            if self.in_a_hurry or self.killed_for:
-                yield self.ended(End(self.killed_for or "killed", guest.then.status))
+            for reason in {self.asked_for, *forced}:
+                yield self.ended(End(reason, guest.then.status))
         elif guest.then is not None:
             yield self.ended(guest.then)
         if guest.obeys_power_button:
-            yield self.ended(STOPPED)
-        if self.in_a_hurry:
-            yield self.ended(KILLED)
+            yield self.ended(End(self.asked_for, 0))
+        for reason in self.in_a_hurry_for:
+            yield self.ended(End(reason, -9))
         if guest.obeys_power_button or guest.obeys_exit:
-            if self.in_a_hurry:
-                yield self.ended(KILLED_LATE)
-            if self.killed_for:
-                yield self.ended(End(self.killed_for, 0))
+            # The time was over, or Kill was asked, just as the VMM went by itself.
+            for reason in forced:
+                yield self.ended(End(reason, 0))
 
 
 class Phase(enum.Enum):
@@ -204,13 +210,17 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Call:
-    """A call under way. `vm`: the key of the VM that it is on, which existed when it was sent."""
+    """A call under way. `vm`: the key of the VM that it is on, which existed when it was sent.
+
+    vms: those that StopAll waits for.
+    """
 
     number: int
     connection: int
     uid: int
     method: str
     vm: int = 0
+    vms: frozenset[int] = frozenset()
     args: tuple[int, ...] = ()
     interactive: bool = False
     config: Config | None = None
@@ -290,7 +300,10 @@ class World:
                 yield self._with(changed)
         for call in self.calls:
             if call.phase is Phase.CALLED and not self._has_to_wait(call):
-                yield from self._create(call) if call.config else self._take(call)
+                if call.method == "StopAll":
+                    yield self._stop_all(call)
+                else:
+                    yield from self._create(call) if call.config else self._take(call)
             elif call.phase is Phase.ASKING:
                 yield from self._ask(call)
 
@@ -322,9 +335,13 @@ class World:
         """Answer all who waited for what has happened to a VM."""
         world = self
         for call in self.calls:
-            vm = self.vm(call.vm) if call.vm else None
-            if vm is None:
+            if call.method == "StopAll":
+                if call.phase is Phase.DYING and not any(self.vm(key).alive for key in call.vms):
+                    world = world._answer(call, DONE)
                 continue
+            if not call.vm:
+                continue
+            vm = self.vm(call.vm)
             if call.phase is Phase.BEGINNING and vm.state != "starting":
                 world = world._answer(call, DONE if vm.ran else START_FAILED)
             elif call.phase is Phase.DYING and vm.state in OVER:
@@ -355,6 +372,14 @@ class World:
         else:
             made = VM(call.number, call.uid, call.connection, config, config.name, disk=config.disk)
             yield replace(self, vms=(*self.vms, made))._answer(call, DONE)
+
+    def _stop_all(self, call: Call) -> World:
+        if call.uid != ROOT:
+            return self._answer(call, DENIED if call.interactive else INTERACTIVE)
+        hurry = 0 < call.args[0] < IN_A_HURRY
+        vms = [vm.stopped("host-shutdown", in_a_hurry=hurry) if vm.alive else vm for vm in self.vms]
+        waiting = replace(call, vms=frozenset(vm.key for vm in vms if vm.alive))
+        return replace(self, vms=tuple(vms))._on(waiting, Phase.DYING)
 
     def _take(self, call: Call) -> Iterator[World]:
         vm = self.vm(call.vm)
@@ -388,10 +413,10 @@ class World:
     def _Stop(self, call: Call, vm: VM) -> World:
         if vm.state == "not-started":
             return self._answer(call, INVALID_STATE)
-        if vm.state in OVER or vm.state == "starting":
-            return self._Kill(call, vm)
-        hurry = vm.in_a_hurry or 0 < call.args[0] < 1_000_000
-        return self._with(replace(vm, state="stopping", in_a_hurry=hurry))._on(call, Phase.DYING)
+        if vm.state in OVER:
+            return self._answer(call, DONE)
+        stopped = vm.stopped("stopped", in_a_hurry=0 < call.args[0] < IN_A_HURRY)
+        return self._with(stopped)._on(call, Phase.DYING)
 
     def _Wait(self, call: Call, vm: VM) -> World:
         return self._on(call, Phase.DYING)

@@ -337,6 +337,11 @@ class Walk:
             self._send(calls[-1], seat, self.paths[vm.key], INTERFACE, METHODS[method], *args)
         await self._come_to_rest([seat for seat, *_ in wanted], calls)
 
+    async def stop_all(self, seat: Seat, timeout: int, interactive: bool) -> None:
+        call = self._call(next(self.place.numbers), seat, "StopAll", interactive, args=(timeout,))
+        self._send(call, seat, MANAGER_PATH, MANAGER, "t", timeout)
+        await self._come_to_rest([seat], [call])
+
     async def leave(self, seat: Seat) -> None:
         """A connection closes, and its user comes back with another."""
         number = seat.number
@@ -586,8 +591,9 @@ configs = st.builds(
     balloon=_seldom.map(lambda seldom: not seldom),
     disk=st.sampled_from([4096, 4096, 0]),
 )
+timeouts = st.sampled_from([0, 1, 50_000, 60_000_000])
 arguments: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
-    "Stop": st.tuples(st.sampled_from([0, 1, 50_000, 60_000_000])),
+    "Stop": st.tuples(timeouts),
     "SetMemoryTarget": st.tuples(
         st.sampled_from([model.LEAST_MEMORY, model.MEMORY, 24 << 20, 1, model.MEMORY + 1])
     ),
@@ -691,6 +697,9 @@ class Steps:
         path = ([NEVER, *gone])[-1 - which % (len(gone) + 1)]
         self.go(self.walk.unknown(self.seat(seat), path))
 
+    def stop_all(self, seat: int, timeout: int, interactive: bool) -> None:
+        self.go(self.walk.stop_all(self.seat(seat), timeout, interactive))
+
     def leave(self, which: int) -> None:
         """Who made a VM leaves, or if they have left already somebody else."""
         vm = self.vm(which)
@@ -736,6 +745,7 @@ steps = st.one_of(
     *_step("read", 1, seat=seats, which=which),
     *_step("call_wrongly", 1, seat=seats, which=which, wrong=st.sampled_from(WRONG)),
     *_step("call_what_is_not_there", 1, seat=seats, which=which),
+    *_step("stop_all", 1, seat=seats, timeout=timeouts, interactive=interactive),
     *_step("leave", 3, which=which),
     *_step("strike", 2, which=which, signal=st.sampled_from([9, 15])),
     *_step("crash", 1),
@@ -786,6 +796,10 @@ def leave(which: int = 0) -> Step:
 
 def read(seat: int, which: int = 0) -> Step:
     return "read", {"seat": seat, "which": which}
+
+
+def stop_all(seat: int, timeout: int = 0) -> Step:
+    return "stop_all", {"seat": seat, "timeout": timeout, "interactive": False}
 
 
 CRASH: Step = "crash", {}
@@ -948,6 +962,26 @@ BY_HEART: dict[str, tuple[list[Step], set[str]]] = {
             *("ResizeDisk done", "ResizeDisk InvalidArgs"),
             *("OpenConsole done", "OpenConsole InvalidState"),
         },
+    ),
+    "the host goes down": (
+        [
+            create(ALICE, start=False),
+            create(ALICE),
+            create(ALICE, guest="hangs", start=False),
+            call(OWNER, "Start"),
+            create(BOB, guest="deaf", collect=True),
+            create(BOB),
+            call(OWNER, "Suspend"),
+            create(ROOT, guest="deaf"),
+            call(OWNER, "Stop", HOUR),
+            stop_all(BOB),
+            stop_all(ROOT, HOUR),
+            call(OWNER, "Kill"),
+            read(CAROL),
+            stop_all(ROOT, 50_000),
+            read(CAROL),
+        ],
+        {"StopAll InteractiveAuthorizationRequired", "StopAll done", "host-shutdown", "killed"},
     ),
     "by itself": (
         [
