@@ -350,8 +350,10 @@ class Walk:
             if call.connection == number and (task := self.calls.pop(call.number, None)):
                 await asyncio.gather(task, return_exceptions=True)
         self.worlds = {world.left(number) for world in self.worlds}
-        await self._come_to_rest([], [])
-        await seat.sit()
+        try:
+            await self._come_to_rest([], [])
+        finally:
+            await seat.sit()
 
     async def strike(self, vm: VM, number: int) -> None:
         """Somebody on the host sends the VMM a signal."""
