@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import polkit
 from tests.rig import CROSVM, ROOT, Client, Rig, Service, client
 
+# Wherever the tests are run from.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / "build" / "hypothesis"))
 LIBRARIES = ("dbus_next", "dbus_fast")
 
 
@@ -76,12 +79,30 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """A polkitd that has crashed since the last test is no matter of the next one's."""
+    for polkitd in list(polkit.running):
+        if note := polkitd.ended_by_itself():
+            item.add_report_section("setup", "polkitd", f"{note}: {polkitd.log[-2000:]}")
+            polkitd.restart()
+    yield
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if call.excinfo is not None:
+        for polkitd in polkit.running:
+            # Who asked it may have learnt of its end before us.
+            if note := polkitd.ended_by_itself(within=1):
+                call.excinfo.value.add_note(note)
     report = yield
     if report.failed and isinstance(item, pytest.Function):
         for value in item.funcargs.values():
             if isinstance(value, Service) and value.log.exists():
                 report.sections.append(("vmbusd's log", value.log.read_text()[-20_000:]))
+        # It can also miss the end of its own rules, and then stands still for 15 seconds.
+        for polkitd in polkit.running:
+            report.sections.append(("polkitd's log", polkitd.log[-2000:]))
     return report

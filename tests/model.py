@@ -27,6 +27,7 @@ DENIED = _STANDARD + "AccessDenied"
 INTERACTIVE = _STANDARD + "InteractiveAuthorizationRequired"
 INVALID_ARGS = _STANDARD + "InvalidArgs"
 UNKNOWN_OBJECT = _STANDARD + "UnknownObject"
+NO_REPLY = _STANDARD + "NoReply"
 
 ALIVE = frozenset({"starting", "running", "suspended", "stopping"})
 OVER = frozenset({"dead", "failed"})
@@ -35,9 +36,12 @@ LEAST_MEMORY, MEMORY = 16 << 20, MEMORY_MIB << 20
 #: The administrator's rules let Alice and Bob create VMs, and Bob manage Alice's; Carol has what
 #: everybody has.
 ROOT, ALICE, BOB, CAROL = USERS = 0, 5, 6, 2
+CREATORS = ROOT, ALICE, BOB
 #: As the service is set.
 VMS_OF_A_USER, VMS_IN_ALL = 4, 9
 RUNNING_OF_A_USER, RUNNING_IN_ALL = 2, 5
+#: Microseconds: who has less time is expected to be out of it in the end.
+IN_A_HURRY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,6 @@ class End:
 
     reason: str
     status: int
-
-
-KILLED = End("killed", -9)
-#: Kill was asked, or the time was over, just as the VMM went by itself.
-KILLED_LATE = End("killed", 0)
-STOPPED = End("stopped", 0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,8 @@ GUESTS = [
         on_adjust=End("guest-panic", 34),
     ),
 ]
+#: What becomes of one that was not started when the service was.
+LOST = Guest("lost", fails=127)
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,15 @@ class VM:
     state: str = "not-started"
     ran: bool = False
     end: End | None = None
+    #: The reasons of a Stop that came first, of Stops with little time, and of a Kill.
+    asked_for: str = ""
+    in_a_hurry_for: frozenset[str] = frozenset()
     killed_for: str = ""
-    in_a_hurry: bool = False
     doomed: End | None = None
     memory: int = MEMORY
     disk: int = 0
+    #: The service that opened its files is gone, and its disks can't grow any more.
+    lost: bool = False
 
     @property
     def alive(self) -> bool:
@@ -167,22 +171,30 @@ class VM:
         if self.state == "stopping":
             yield from self._stopping(guest)
 
+    def stopped(self, reason: str, *, in_a_hurry: bool) -> VM:
+        """Somebody wants it to end in good order, or else when the time is over."""
+        forced = "killed" if reason == "stopped" else reason
+        if self.state == "starting":
+            return replace(self, killed_for=self.killed_for or forced)
+        hurries = self.in_a_hurry_for | ({forced} if in_a_hurry else set())
+        asked_for = self.asked_for or reason
+        return replace(self, state="stopping", asked_for=asked_for, in_a_hurry_for=hurries)
+
     def _stopping(self, guest: Guest) -> Iterator[VM]:
+        forced = {self.killed_for} if self.killed_for else self.in_a_hurry_for
         if guest.then is not None and guest.then.reason in ("shutdown", "reboot"):
-            yield self.ended(End("stopped", guest.then.status))
-            if self.in_a_hurry or self.killed_for:
-                yield self.ended(End(self.killed_for or "killed", guest.then.status))
+            for reason in {self.asked_for, *forced}:
+                yield self.ended(End(reason, guest.then.status))
         elif guest.then is not None:
             yield self.ended(guest.then)
         if guest.obeys_power_button:
-            yield self.ended(STOPPED)
-        if self.in_a_hurry:
-            yield self.ended(KILLED)
+            yield self.ended(End(self.asked_for, 0))
+        for reason in self.in_a_hurry_for:
+            yield self.ended(End(reason, -9))
         if guest.obeys_power_button or guest.obeys_exit:
-            if self.in_a_hurry:
-                yield self.ended(KILLED_LATE)
-            if self.killed_for:
-                yield self.ended(End(self.killed_for, 0))
+            # The time was over, or Kill was asked, just as the VMM went by itself.
+            for reason in forced:
+                yield self.ended(End(reason, 0))
 
 
 class Phase(enum.Enum):
@@ -198,13 +210,17 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Call:
-    """A call under way. `vm`: the key of the VM that it is on, which existed when it was sent."""
+    """A call under way. `vm`: the key of the VM that it is on, which existed when it was sent.
+
+    vms: those that StopAll waits for.
+    """
 
     number: int
     connection: int
     uid: int
     method: str
     vm: int = 0
+    vms: frozenset[int] = frozenset()
     args: tuple[int, ...] = ()
     interactive: bool = False
     config: Config | None = None
@@ -257,6 +273,16 @@ class World:
         calls = tuple(call for call in self.calls if call.connection != connection)
         return replace(self, vms=tuple(vms), calls=calls)._answered()
 
+    def served_anew(self) -> World:
+        """The service is killed, and another takes its place."""
+        vms = []
+        for vm in self.vms:
+            if vm.state == "not-started":
+                vm = replace(vm, config=replace(vm.config, guest=LOST))
+            vms.append(replace(vm, lost=True))
+        answers = tuple((call.number, NO_REPLY, None) for call in self.calls)
+        return replace(self, vms=tuple(vms), calls=(), answers=answers)
+
     def struck(self, key: int, signal: int) -> World:
         """Somebody on the host sends the VMM a signal."""
         reason = "crash" if signal == 6 else "signal"
@@ -274,7 +300,10 @@ class World:
                 yield self._with(changed)
         for call in self.calls:
             if call.phase is Phase.CALLED and not self._has_to_wait(call):
-                yield from self._create(call) if call.config else self._take(call)
+                if call.method == "StopAll":
+                    yield self._stop_all(call)
+                else:
+                    yield from self._create(call) if call.config else self._take(call)
             elif call.phase is Phase.ASKING:
                 yield from self._ask(call)
 
@@ -306,9 +335,13 @@ class World:
         """Answer all who waited for what has happened to a VM."""
         world = self
         for call in self.calls:
-            vm = self.vm(call.vm) if call.vm else None
-            if vm is None:
+            if call.method == "StopAll":
+                if call.phase is Phase.DYING and not any(self.vm(key).alive for key in call.vms):
+                    world = world._answer(call, DONE)
                 continue
+            if not call.vm:
+                continue
+            vm = self.vm(call.vm)
             if call.phase is Phase.BEGINNING and vm.state != "starting":
                 world = world._answer(call, DONE if vm.ran else START_FAILED)
             elif call.phase is Phase.DYING and vm.state in OVER:
@@ -319,7 +352,7 @@ class World:
 
     def _refusal(self, call: Call, owner: int | None) -> str:
         """Why the caller may not, if so. `owner`: whose VM it is about, None for a new one."""
-        by_rule = {None: (ALICE, BOB), ALICE: (BOB,)}.get(owner, ())
+        by_rule = {None: CREATORS, ALICE: (BOB,)}.get(owner, ())
         if call.uid in (ROOT, owner, *by_rule):
             return ""
         return DENIED if call.interactive else INTERACTIVE
@@ -340,15 +373,22 @@ class World:
             made = VM(call.number, call.uid, call.connection, config, config.name, disk=config.disk)
             yield replace(self, vms=(*self.vms, made))._answer(call, DONE)
 
+    def _stop_all(self, call: Call) -> World:
+        if call.uid != ROOT:
+            return self._answer(call, DENIED if call.interactive else INTERACTIVE)
+        hurry = 0 < call.args[0] < IN_A_HURRY
+        vms = [vm.stopped("host-shutdown", in_a_hurry=hurry) if vm.alive else vm for vm in self.vms]
+        waiting = replace(call, vms=frozenset(vm.key for vm in vms if vm.alive))
+        return replace(self, vms=tuple(vms))._on(waiting, Phase.DYING)
+
     def _take(self, call: Call) -> Iterator[World]:
         vm = self.vm(call.vm)
         refusal = "" if call.method == "Wait" else self._refusal(call, vm.owner)
         if not vm.exists:
-            # It went after the call was sent: before polkit had decided, meanwhile or thereafter.
+            # It went after the call was sent: before polkit had decided, or thereafter.
             yield self._answer(call, UNKNOWN_OBJECT)
-            if call.method != "Wait":
-                yield self._answer(call, refusal or DENIED)
-                yield self._answer(call, DENIED)
+            if refusal:
+                yield self._answer(call, refusal)
         elif refusal:
             yield self._answer(call, refusal)
         else:
@@ -373,10 +413,10 @@ class World:
     def _Stop(self, call: Call, vm: VM) -> World:
         if vm.state == "not-started":
             return self._answer(call, INVALID_STATE)
-        if vm.state in OVER or vm.state == "starting":
-            return self._Kill(call, vm)
-        hurry = vm.in_a_hurry or 0 < call.args[0] < 1_000_000
-        return self._with(replace(vm, state="stopping", in_a_hurry=hurry))._on(call, Phase.DYING)
+        if vm.state in OVER:
+            return self._answer(call, DONE)
+        stopped = vm.stopped("stopped", in_a_hurry=0 < call.args[0] < IN_A_HURRY)
+        return self._with(stopped)._on(call, Phase.DYING)
 
     def _Wait(self, call: Call, vm: VM) -> World:
         return self._on(call, Phase.DYING)
@@ -418,29 +458,29 @@ class World:
         return self._on(call, Phase.ASKING)
 
     def _ask(self, call: Call) -> Iterator[World]:
-        """What was asked of the VMM is done, or comes too late."""
+        """The VMM's turn has come: what was asked of it is done, or comes too late."""
         vm = self.vm(call.vm)
+        changed = {
+            "Suspend": replace(vm, state="suspended"),
+            "Resume": replace(vm, state="running"),
+            "SetMemoryTarget": replace(vm, memory=call.args[0] if call.args else 0),
+            "ResizeDisk": replace(vm, disk=max(vm.disk, call.args[-1] if call.args else 0)),
+        }[call.method]
         from_states = {"Suspend": ["running"], "Resume": ["suspended"]}
-        in_time = vm.state in from_states.get(call.method, ["running", "suspended"])
-        changed = vm
-        if call.method in ("Suspend", "Resume"):
-            state = "suspended" if call.method == "Suspend" else "running"
-            changed = replace(vm, state=state) if in_time else vm
-        elif call.method == "SetMemoryTarget":
-            changed = replace(vm, memory=call.args[0])
-        elif call.args[1] > vm.disk:
-            changed = replace(vm, disk=call.args[1])
-        elif in_time:
-            yield self._answer(call, INVALID_ARGS)
+        if vm.state in from_states.get(call.method, ["running", "suspended"]):
+            yield self._asked(call, vm, changed)
             return
-        if not in_time:
-            # It went, or was about to, with the request in its hands.
-            for each in (vm, changed):
-                yield self._with(each)._answer(call, INVALID_STATE)
-                yield self._with(each)._answer(call, CONTROL_FAILED)
-            if call.method in ("SetMemoryTarget", "ResizeDisk"):
-                yield self._with(changed)._answer(call, DONE)
-        elif call.method == "Suspend" and not vm.config.guest.suspends:
+        yield self._answer(call, INVALID_STATE)
+        if vm.state in OVER:
+            # It went with the request in its hands.
             yield self._answer(call, CONTROL_FAILED)
-        else:
-            yield self._with(changed)._answer(call, DONE)
+            yield self._with(replace(vm, disk=changed.disk))._answer(call, CONTROL_FAILED)
+
+    def _asked(self, call: Call, vm: VM, changed: VM) -> World:
+        if call.method == "ResizeDisk" and vm.lost:
+            return self._answer(call, NOT_SUPPORTED)
+        if call.method == "ResizeDisk" and changed == vm:
+            return self._answer(call, INVALID_ARGS)
+        if call.method == "Suspend" and not vm.config.guest.suspends:
+            return self._answer(call, CONTROL_FAILED)
+        return self._with(changed)._answer(call, DONE)

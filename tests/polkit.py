@@ -37,6 +37,8 @@ mount --bind "$2" /etc/polkit-1/rules.d &&
 mount --bind "$3" /usr/share/locale &&
 exec /usr/lib/polkit-1/polkitd
 """
+#: All that are meant to run now.
+running: list[Polkit] = []
 
 
 class Polkit:
@@ -83,6 +85,7 @@ class Polkit:
                 stdout=log,
                 stderr=log,
             )
+        running.append(self)
         self._until_logged(f"Acquired the name {AUTHORITY} ", seen)
 
     def rules(self, text: str) -> None:
@@ -108,8 +111,8 @@ class Polkit:
         end = time.monotonic() + DEADLINE
         while text not in (said := self.log[seen:]):
             assert self.process is not None
-            ended = self.process.poll()
-            assert ended is None, f"polkitd ended with {ended}: {said}"
+            ended = self.ended_by_itself()
+            assert ended is None, f"{ended}: {said}"
             assert not re.search(failure, said), said
             assert time.monotonic() < end, f"polkitd did not say '{text}': {said}"
             time.sleep(0.001)
@@ -122,6 +125,7 @@ class Polkit:
     def kill(self) -> None:
         """It dies, and with it every agent's registration and every dialog."""
         if self.process is not None:
+            running.remove(self)
             self.process.kill()
             self.process.wait()
             self.process = None
@@ -130,18 +134,27 @@ class Polkit:
         self.kill()
         self.start()
 
+    def ended_by_itself(self, within: float = 0) -> str | None:
+        """How, if it has, or does in so many seconds: polkit 122 crashes now and then."""
+        if self.process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(within)
+            return f"polkitd ended by itself with {status}"
+        return None
+
 
 @contextlib.contextmanager
 def polkit(rig: Rig, rules: str | None = None) -> Iterator[Polkit]:
     """A polkitd that runs."""
-    running = Polkit(rig)
+    polkitd = Polkit(rig)
     if rules is not None:
-        running.rules(rules)
+        polkitd.rules(rules)
     try:
-        running.start()
-        yield running
+        polkitd.start()
+        yield polkitd
     finally:
-        running.kill()
+        polkitd.kill()
 
 
 class Mock:
@@ -211,11 +224,11 @@ class Control(Client):
 
 @contextlib.contextmanager
 def mock(rig: Rig) -> Iterator[Mock]:
-    running = Mock(rig)
+    polkitd = Mock(rig)
     try:
-        yield running
+        yield polkitd
     finally:
-        running.kill()
+        polkitd.kill()
 
 
 # Callers. What the bus knows of one is the process that connected; so that is a process of its

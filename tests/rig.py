@@ -211,6 +211,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+_BUS = "org.freedesktop.DBus"
+_NAME_HAS_OWNER = (f"--dest={_BUS}", f"--object-path=/{_BUS.replace('.', '/')}")
+_NAME_HAS_OWNER += (f"--method={_BUS}.NameHasOwner",)
+
+
 class Service:
     """A vmbusd on a rig's bus; of the user `user`, if that is named."""
 
@@ -271,6 +276,9 @@ class Service:
         """SIGKILL to it alone."""
         self.process.kill()
         self.process.wait(DEADLINE)
+        # The bus may take a moment to see it.
+        while "true" in self.rig.gdbus("call", *_NAME_HAS_OWNER, BUS):
+            pass
 
     def _wait_for_name(self) -> None:
         bus = "--system" if self.rig.system else "--session"

@@ -104,7 +104,7 @@ class Ledger:
         """Take over what was written down."""
         for name in _WRITTEN:
             setattr(self, name, getattr(record, name))
-        if self.alive:
+        if self.alive and self.started:
             self.memory_actual = self.config.memory_mib << 20
 
     def _change(self, event: Event | None = None, *, firm: bool = False, **values: Any) -> None:
