@@ -19,7 +19,8 @@ from typing import Any, Self
 
 import pytest
 
-from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, Client, Rig, Service, guest
+from tests.contract import documented
+from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, VM, Client, Rig, Service, guest
 from vmbus.bus.connection import RemoteError
 
 #: Warnings count as failures, on stderr for all to see.
@@ -155,7 +156,9 @@ async def _paths(bus: Client) -> list[str]:
 
 def _as_on_the_bus(vm: dict[str, Any]) -> dict[str, Any]:
     """A VM of vmbusctl's JSON in the words of the bus, as far as that can be."""
-    return {key.replace("_", ""): value for key, value in vm.items() if key != "path"}
+    known = {each.attrib["name"].lower() for each in documented()[VM].iterfind("property")}
+    flat = {key.replace("_", ""): value for key, value in vm.items()}
+    return {key: value for key, value in flat.items() if key in known}
 
 
 async def _told(bus: Client, path: str) -> dict[str, Any]:
