@@ -14,6 +14,7 @@ from vmbus.client import Events, VMBus
 from vmbus.events import Changed
 
 pytest_plugins = ["dbusmock.pytest_fixtures"]
+pytestmark = pytest.mark.asyncio
 
 
 @pytest.fixture
