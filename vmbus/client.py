@@ -168,14 +168,17 @@ class VMBus:
             raise NoSuchVM(f"there is no VM {called}") from None
         return vm
 
+    async def stop_all(self, timeout: float | None = None) -> None:
+        """End all VMs, whoever created them, each as VM.stop does; return when all are dead.
+
+        timeout: as VM.stop has it.
+        """
+        await self._call(ROOT_PATH, MANAGER, "StopAll", _usec(timeout), lasts=True)
+
     async def vm_by_cid(self, cid: int) -> VM:
         """The VM with that vsock context id. Raises NoSuchVM."""
         reply = await self._call(ROOT_PATH, MANAGER, "GetVMByCID", cid)
         return VM(self, str(reply.body[0]))
-
-    async def stop_all(self, timeout: float | None = None) -> None:
-        """End all VMs, as `VM.stop` does, and return when they are dead."""
-        await self._call(ROOT_PATH, MANAGER, "StopAll", _usec(timeout), lasts=True)
 
     async def events(self, *, end_with_service: bool = False) -> Events:
         """All that happens to VMs from now on, until its `aclose`. See Events.
@@ -317,22 +320,23 @@ class VM:
         """A stream joined to the guest's console, both ways. Raises InvalidState when it's dead."""
         return socket.socket(fileno=(await self._call("OpenConsole")).fds[0])
 
+    async def connect_vsock(self, port: int) -> socket.socket:
+        """A stream to a vsock port of its guest, 1024 or above.
+
+        Raises NotSupported, InvalidState, InvalidArgs, ControlFailed or TimedOut.
+        """
+        return socket.socket(fileno=(await self._call("ConnectVsock", port, lasts=True)).fds[0])
+
     async def open_log(self) -> BinaryIO:
         """What the guest's console has printed until now."""
         return os.fdopen((await self._call("OpenLog")).fds[0], "rb")
-
-    async def connect_vsock(self, port: int) -> socket.socket:
-        """A stream joined to that vsock port of the guest, 1024 or more."""
-        return socket.socket(fileno=(await self._call("ConnectVsock", port)).fds[0])
 
     async def _call(self, member: str, *args: Any, lasts: bool = False) -> Message:
         return await self._bus._call(self.path, VIRTUAL_MACHINE, member, *args, lasts=lasts)
 
 
 def _usec(timeout: float | None) -> int:
-    """A time-out (s) as the wire has it, where 0 is the service's own."""
-    if timeout is None:
-        return 0
-    if not (math.isfinite(timeout) and 0 <= timeout < 1e12):
+    """A time-out as it is on the wire, where 0 is the service's own."""
+    if timeout is not None and not (math.isfinite(timeout) and 0 <= timeout < 1e12):
         raise InvalidArgs(f"the time-out can't be {timeout} s")
-    return max(1, int(timeout * 1e6))
+    return 0 if timeout is None else max(1, int(timeout * 1e6))

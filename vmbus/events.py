@@ -28,7 +28,7 @@ class Snapshot:
     memory_mib: int = 0
     cpus: int = 0
     state: str = ""
-    payload_state: str = "none"
+    payload_state: str = ""
     payload_exit_status: int = -1
     status_text: str = ""
     requester_uid: int = 0

@@ -64,8 +64,8 @@ class Config(TypedDict, total=False):
     protected: bool | None
     balloon: bool | None
     gdb_port: int | None
-    kill_on_disconnect: bool | None
     ready_timeout_usec: int | None
+    kill_on_disconnect: bool | None
     collect: str | None
 
 
