@@ -160,6 +160,11 @@ class VMBus:
             return await self._existing(f"{VM_ROOT}/{which}", f"with the name or the id {which}")
         return VM(self, str(reply.body[0]))
 
+    async def vm_by_cid(self, cid: int) -> VM:
+        """The VM with that vsock context id. Raises NoSuchVM."""
+        reply = await self._call(ROOT_PATH, MANAGER, "GetVMByCID", cid)
+        return VM(self, str(reply.body[0]))
+
     async def _existing(self, path: str, called: str) -> VM:
         vm = VM(self, path)
         try:
@@ -174,11 +179,6 @@ class VMBus:
         timeout: as VM.stop has it.
         """
         await self._call(ROOT_PATH, MANAGER, "StopAll", _usec(timeout), lasts=True)
-
-    async def vm_by_cid(self, cid: int) -> VM:
-        """The VM with that vsock context id. Raises NoSuchVM."""
-        reply = await self._call(ROOT_PATH, MANAGER, "GetVMByCID", cid)
-        return VM(self, str(reply.body[0]))
 
     async def events(self, *, end_with_service: bool = False) -> Events:
         """All that happens to VMs from now on, until its `aclose`. See Events.
