@@ -12,7 +12,7 @@ from .bus.contract import BUS_NAME, ROOT_PATH, VIRTUAL_MACHINE
 from .bus.wire import Flag, Kind, Message
 from .calls import close_all, refusal
 from .events import Death, Died, Event, Events, ServiceChanged, Snapshot, event_of
-from .watch import Watch
+from .missed import Watch
 
 _OWNERS = (
     f"type='signal',sender='{bus_connection.BUS_NAME}',member='NameOwnerChanged',arg0='{BUS_NAME}'"

@@ -20,8 +20,8 @@ from vmbus import __version__, errors
 from vmbus.client import VM as ClientVM
 from vmbus.client import About, Deaths, Disk, ServiceGone, SharedDir, Snapshot, VMBus
 from vmbus.events import Added, Changed, Death, Died, Event, Events, Removed, ServiceChanged
+from vmbus.missed import missed
 from vmbus.request import File
-from vmbus.watch import missed
 
 MIB = 1 << 20
 

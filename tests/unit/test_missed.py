@@ -18,7 +18,7 @@ from vmbus.events import (
     ServiceChanged,
     Snapshot,
 )
-from vmbus.watch import Watch
+from vmbus.missed import Watch
 
 UP, DOWN = ServiceChanged(running=True), ServiceChanged(running=False)
 
