@@ -51,6 +51,7 @@ class Config(TypedDict, total=False):
 
     name: str | None
     vmm: str | None
+    kill_on_disconnect: bool | None
     kernel: File | None
     initrd: File | None
     bios: File | None
@@ -65,7 +66,6 @@ class Config(TypedDict, total=False):
     balloon: bool | None
     gdb_port: int | None
     ready_timeout_usec: int | None
-    kill_on_disconnect: bool | None
     collect: str | None
 
 
