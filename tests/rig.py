@@ -479,6 +479,18 @@ def guest(directory: Path, **directives: Any) -> Path:
     return path
 
 
+def until_reaped(pid: int) -> None:
+    """PID 1 may take its time to reap what it inherited."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(fd, 0)  # the kernel says POLLHUP, unasked, when it is reaped
+            assert poll.poll(DEADLINE * 1000)
+        finally:
+            os.close(fd)
+
+
 async def until_entries(directory: Path, count: int) -> None:
     """Wait until a directory has so many entries."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -12,11 +12,18 @@ from .bus.contract import BUS_NAME, interfaces
 from .bus.wire import Kind, Message, WireError
 from .errors import InvalidArgs, InvalidConfig
 
+#: What the bus answers in the place of a service that isn't there, or left over the call.
+_GONE = ("NoReply", "ServiceUnknown", "NameHasNoOwner", "Disconnected")
+
 _ERRORS = {
     kind.dbus_name: kind
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.VMBusError)
 }
+
+
+class ServiceGone(RemoteError):
+    """The service is not running, or left before it answered; what it had begun may go on."""
 
 
 async def call(
@@ -30,7 +37,9 @@ async def call(
 ) -> Message:
     """Call a method: its object, interface and name. Descriptors come only where it gives one."""
     path, interface, member = target
-    types = interfaces()[interface].methods[member]
+    types = interfaces()[interface].methods.get(member)
+    if types is None:
+        raise errors.UnknownMethod(f"{interface} has no method {member}")
     try:
         reply = await connection.call(
             BUS_NAME,
@@ -74,6 +83,9 @@ def close_all(fds: Sequence[int]) -> None:
 
 
 def _typed(error: RemoteError) -> Exception:
+    short = error.name.removeprefix("org.freedesktop.DBus.Error.")
+    if short in _GONE or short.startswith("Spawn."):
+        return ServiceGone(error.name, error.text)
     kind = _ERRORS.get(error.name)
     if kind is None:
         return error

@@ -1,22 +1,27 @@
 """A typed client of the service, for programs that use asyncio.
 
-async with VMBus.connect(user=True) as bus:
-    vm = await bus.create(kernel="vmlinuz", memory_mib=256)
+async with VMBus.session() as bus, await bus.create(kernel="vmlinuz", memory_mib=256) as vm:
     await vm.start()
     print(await vm.wait())
 
 An error reply is raised as the class of `vmbus.errors` that has its name, and as RemoteError where
-there is none. Besides, any call may raise ConnectionError, and TimeoutError unless it may last.
+there is none. Besides, any call may raise ServiceGone, a RemoteError, where the service isn't
+there; ConnectionError where the bus isn't; and TimeoutError unless it may last.
+
+VMs outlive the service, and so do listeners and `VM.wait`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, BinaryIO, Self, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Self, TypeVar, Unpack
 
 from .bus import connection as bus_connection
 from .bus.connection import Connection, RemoteError
@@ -29,21 +34,27 @@ from .bus.contract import (
     VIRTUAL_MACHINE,
     VM_ROOT,
 )
-from .bus.wire import Flag, Kind, Message
-from .calls import call, close_all, refusal
-from .errors import InvalidArgs, NoSuchVM, UnknownInterface, UnknownObject
-from .events import Death, Event, Events, ServiceChanged, Snapshot, event_of, snapshot
+from .bus.wire import Flag, Message
+from .calls import ServiceGone, call
+from .errors import InvalidArgs, NoSuchVM, UnknownInterface, UnknownObject, VMBusError
+from .events import Death, Deaths, Died, Event, Events, EventsLost, Snapshot, snapshot
+from .listening import Listening
 from .request import Config, Disk, Files, Net, SharedDir, encode_config
 
 __all__ = [
     "VM",
+    "About",
     "Config",
     "Death",
+    "Deaths",
+    "Died",
     "Disk",
     "Event",
     "Events",
+    "EventsLost",
     "Net",
     "RemoteError",
+    "ServiceGone",
     "SharedDir",
     "Snapshot",
     "VMBus",
@@ -52,22 +63,35 @@ __all__ = [
 #: Seconds in which a call is answered, unless it waits for a VMM: that the service bounds.
 TIMEOUT = 25.0
 
-_SIGNALS = f"type='signal',sender='{BUS_NAME}',path_namespace='{ROOT_PATH}'"
-_OWNERS = (
-    f"type='signal',sender='{bus_connection.BUS_NAME}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
-)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the service says of itself. available_vmms: empty until it has found out."""
+
+    version: str
+    available_vmms: tuple[str, ...]
+    vm_count: int
 
 
 class VMBus:
-    """The service, as one connection to its bus sees it. Made by `connect`."""
+    """The service, as one connection to its bus sees it. Made by `system` or `session`."""
 
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
         self._connection = connection
         self._flags = Flag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
-        self._owner = ""
-        self._events: set[Events] = set()
-        connection.handler = self._on_message
-        connection.closed.add_done_callback(lambda _: self._end_events())
+        self._listening = Listening(connection, self._present)
+
+    @classmethod
+    def system(cls, *, interactive: bool = False) -> AbstractAsyncContextManager[Self]:
+        """Join the system bus, as `connect` does."""
+        return cls.connect(user=False, interactive=interactive)
+
+    @classmethod
+    def session(cls) -> AbstractAsyncContextManager[Self]:
+        """Join the session bus, as `connect` does."""
+        return cls.connect(user=True)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -79,7 +103,10 @@ class VMBus:
         """
         connection = await Connection.open(bus_connection.bus_address(user=user))
         try:
-            yield cls(connection, interactive=interactive)
+            bus = cls(connection, interactive=interactive)
+            async with contextlib.aclosing(bus._listening):
+                await bus._listening.begin()
+                yield bus
         finally:
             await connection.aclose()
 
@@ -88,8 +115,17 @@ class VMBus:
         (answer,) = await self._connection.call_bus("NameHasOwner", "s", [BUS_NAME])
         return bool(answer)
 
+    async def about(self) -> About:
+        """The version of the service, the VMMs that it can use, and how many VMs there are."""
+        reply = await self._call(ROOT_PATH, PROPERTIES, "GetAll", MANAGER)
+        found = {name: value.value for name, value in reply.body[0].items()}
+        return About(found["Version"], tuple(found["AvailableVMMs"]), found["VMCount"])
+
     async def create(self, **config: Unpack[Config]) -> VM:
-        """Create a VM. Files given by path are opened here, with the rights of this process."""
+        """Create a VM; with `async with` it is killed and removed at the end.
+
+        Files given by path are opened here, with the rights of this process.
+        """
         with Files() as files:
             body = encode_config(files, config)
             reply = await self._call(ROOT_PATH, MANAGER, "Create", body, fds=files.fds)
@@ -97,7 +133,14 @@ class VMBus:
 
     async def vms(self) -> list[Snapshot]:
         """Every VM, by id."""
-        reply = await self._call(ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
+        return await self._vms(self._flags)
+
+    async def _present(self) -> list[Snapshot]:
+        return await self._vms(Flag.NO_AUTOSTART)
+
+    async def _vms(self, flags: int) -> list[Snapshot]:
+        target = (ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
+        reply = await call(self._connection, target, (), fds=(), flags=flags, timeout=TIMEOUT)
         found = [
             snapshot(path, every[VIRTUAL_MACHINE])
             for path, every in reply.body[0].items()
@@ -117,6 +160,11 @@ class VMBus:
             return await self._existing(f"{VM_ROOT}/{which}", f"with the name or the id {which}")
         return VM(self, str(reply.body[0]))
 
+    async def vm_by_cid(self, cid: int) -> VM:
+        """The VM with that vsock context id. Raises NoSuchVM."""
+        reply = await self._call(ROOT_PATH, MANAGER, "GetVMByCID", cid)
+        return VM(self, str(reply.body[0]))
+
     async def _existing(self, path: str, called: str) -> VM:
         vm = VM(self, path)
         try:
@@ -133,51 +181,33 @@ class VMBus:
         await self._call(ROOT_PATH, MANAGER, "StopAll", _usec(timeout), lasts=True)
 
     async def events(self, *, end_with_service: bool = False) -> Events:
-        """All that happens to VMs from now on, until its `aclose`. See Events."""
-        events = Events(self._forget, with_service=end_with_service)
-        if not self._events:
-            self._owner = ""
-        self._events.add(events)
-        try:
-            for rule in (_OWNERS, _SIGNALS):
-                await self._connection.call_bus("AddMatch", "s", [rule])
-            # Anybody may send us a signal; only the owner's are believed.
-            with contextlib.suppress(RemoteError):
-                (owner,) = await self._connection.call_bus("GetNameOwner", "s", [BUS_NAME])
-                self._owner = self._owner or owner
-        except BaseException:
-            self._events.discard(events)
-            raise
-        return events
+        """All that happens to VMs from now on, until its `aclose`. See Events.
 
-    async def _forget(self, events: Events) -> None:
-        if events in self._events:
-            self._events.discard(events)
-            with contextlib.suppress(RemoteError, OSError):
-                for rule in (_SIGNALS, _OWNERS):
-                    await self._connection.call_bus("RemoveMatch", "s", [rule])
+        Raises RemoteError, ConnectionError or TimeoutError.
+        """
+        return await self._listening.events(with_service=end_with_service)
 
-    def _end_events(self) -> None:
-        for events in self._events:
-            events.end()
+    def deaths(self) -> Deaths:
+        """Every death of a VM, once. See Deaths for when listening begins."""
+        return Deaths(lambda: self._listening.events(with_service=False, kinds=(Died,)))
 
-    def _on_message(self, message: Message) -> None:
-        close_all(message.fds)
-        if message.kind is Kind.SIGNAL:
-            event = self._event(message)
-            if event is not None:
-                for events in self._events:
-                    events.put(event)
-        elif message.kind is Kind.CALL and not message.flags & Flag.NO_REPLY_EXPECTED:
-            self._connection.send(refusal(message))
-
-    def _event(self, message: Message) -> Event | None:
-        if message.sender == bus_connection.BUS_NAME:
-            if message.member != "NameOwnerChanged" or message.body[0] != BUS_NAME:
-                return None
-            self._owner = message.body[2]
-            return ServiceChanged(running=bool(self._owner))
-        return event_of(message) if message.sender == self._owner else None
+    async def _outlasting(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do what may be done anew with each service that goes away over it."""
+        while True:
+            asked = self._listening.owner
+            try:
+                return await work()
+            except ServiceGone:
+                await self._listening.until_other_than(asked)
+            except VMBusError as error:
+                if type(error) is not VMBusError:
+                    raise
+                # It says so of all that waits when it is about to leave.
+                try:
+                    async with asyncio.timeout(TIMEOUT):
+                        await self._listening.until_other_than(asked)
+                except TimeoutError:
+                    raise error from None
 
     async def _call(
         self,
@@ -196,11 +226,30 @@ class VMBus:
 
 
 class VM:
-    """A VM by its object path. Every method may raise UnknownObject when the VM is gone."""
+    """A VM by its object path. Every method may raise UnknownObject when the VM is gone.
+
+    With `async with` it is discarded at the end.
+    """
 
     def __init__(self, bus: VMBus, path: str) -> None:
         self._bus = bus
         self.path = path
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.discard()
+
+    async def discard(self) -> None:
+        """Leave nothing of it, whether it runs or is gone already.
+
+        Lasts over a restart of the service. Raises TimeoutError where that takes too long.
+        """
+        async with asyncio.timeout(TIMEOUT):
+            with contextlib.suppress(UnknownObject):
+                await self._bus._outlasting(self.kill)
+                await self._bus._outlasting(self.remove)
 
     async def properties(self) -> Snapshot:
         """What the VM is like now."""
@@ -247,9 +296,21 @@ class VM:
         await self._call("ResizeDisk", index, size, lasts=True)
 
     async def wait(self) -> Death:
-        """Wait until it has died. Raises NoSuchVM if it is removed before it was started."""
-        reply = await self._call("Wait", lasts=True)
-        return Death(*reply.body)
+        """Wait until it has died, whatever becomes of the service meanwhile.
+
+        Raises NoSuchVM if it is removed before it was started.
+        """
+        async with self._bus._listening.death_of(self.path) as died:
+            try:
+                return Death(*(await self._bus._outlasting(self._wait)).body)
+            except (NoSuchVM, UnknownObject):
+                # One that is collected may be gone before the next service could be asked.
+                if died.done():
+                    return died.result()
+                raise
+
+    async def _wait(self) -> Message:
+        return await self._call("Wait", lasts=True)
 
     async def remove(self) -> None:
         """Forget it. Raises InvalidState if it is running."""
@@ -258,6 +319,13 @@ class VM:
     async def open_console(self) -> socket.socket:
         """A stream joined to the guest's console, both ways. Raises InvalidState when it's dead."""
         return socket.socket(fileno=(await self._call("OpenConsole")).fds[0])
+
+    async def connect_vsock(self, port: int) -> socket.socket:
+        """A stream to a vsock port of its guest, 1024 or above.
+
+        Raises NotSupported, InvalidState, InvalidArgs, ControlFailed or TimedOut.
+        """
+        return socket.socket(fileno=(await self._call("ConnectVsock", port, lasts=True)).fds[0])
 
     async def open_log(self) -> BinaryIO:
         """What the guest's console has printed until now."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from types import TracebackType
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from .bus.contract import OBJECT_MANAGER, PROPERTIES, VIRTUAL_MACHINE, interfaces
@@ -29,6 +28,9 @@ class Snapshot:
     memory_mib: int = 0
     cpus: int = 0
     state: str = ""
+    payload_state: str = ""
+    payload_exit_status: int = -1
+    status_text: str = ""
     requester_uid: int = 0
     requester_sid: str = ""
     requester_pid: int = 0
@@ -44,7 +46,7 @@ class Snapshot:
 
 
 # The contract's names in Python's manner, "MemoryMiB" as "memory_mib", without a second list.
-_FIELDS = {field.name.replace("_", ""): field.name for field in fields(Snapshot)}
+_FIELDS = {each.name.replace("_", ""): each.name for each in fields(Snapshot)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,27 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A VM died."""
+    """A VM died. vm: what was last known of it, where anything was."""
 
     path: str
     cid: int
     death: Death
+    vm: Snapshot | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The VM's name, or else its id."""
+        return self.vm.name if self.vm is not None else self.path.rpartition("/")[2]
+
+    @property
+    def reason(self) -> str:
+        """Why it died, a value of `vmbus.reasons.Reason`."""
+        return self.death.reason
+
+    @property
+    def status(self) -> int:
+        """How its VMM ended: the exit code, or minus the signal."""
+        return self.death.status
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +111,11 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class ServiceChanged:
-    """The service has appeared on the bus, or vanished from it."""
+    """The service has appeared on the bus, or vanished from it; its VMs live on without it.
+
+    When it has appeared, what was missed follows: each VM's changes as one, deaths, VMs that came
+    and went.
+    """
 
     running: bool
 
@@ -102,23 +124,31 @@ Event = Added | Changed | Died | Removed | ServiceChanged
 
 
 class EventsLost(Exception):
-    """Events came faster than they were read; what VMs are like now must be asked for anew."""
+    """Events were lost; what VMs are like now must be asked for anew."""
 
 
 class Events:
     """Events in their order, for `async for`; made by `VMBus.events`, ended by `aclose`.
 
-    They end with the connection to the bus, and with the service only where that was asked for. A
-    reader that falls `MAX_EVENTS` behind gets those, then EventsLost.
+    They go on when the service is started anew, unless asked to end with it. With a connection that
+    is lost they end in ConnectionError. A reader that falls `MAX_EVENTS` behind gets those, then
+    EventsLost.
     """
 
-    def __init__(self, forget: Callable[[Events], Awaitable[None]], *, with_service: bool) -> None:
+    def __init__(
+        self,
+        forget: Callable[[Events], Awaitable[None]],
+        *,
+        with_service: bool = False,
+        kinds: tuple[type[Event], ...] = (),
+    ) -> None:
         self._forget = forget
         self._with_service = with_service
+        self._kinds = kinds
         self._queue: deque[Event] = deque()
         self._wake = asyncio.Event()
         self._ended = False
-        self._error: EventsLost | None = None
+        self._error: Exception | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -135,12 +165,7 @@ class Events:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -150,7 +175,7 @@ class Events:
 
     def put(self, event: Event) -> None:
         """Queue an event for the reader."""
-        if self._ended:
+        if self._ended or (self._kinds and not isinstance(event, self._kinds)):
             return
         if len(self._queue) >= MAX_EVENTS:
             self.end(EventsLost(f"more than {MAX_EVENTS} events were waiting to be read"))
@@ -160,11 +185,41 @@ class Events:
         if self._with_service and event == ServiceChanged(running=False):
             self.end()
 
-    def end(self, error: EventsLost | None = None) -> None:
+    def end(self, error: Exception | None = None) -> None:
         """Let the reader come to an end after what is queued."""
         if not self._ended:
             self._ended, self._error = True, error
             self._wake.set()
+
+
+class Deaths:
+    """Deaths of VMs in their order, for `async for`; made by `VMBus.deaths`.
+
+    Listening begins with `async with`, or else with the first step of the loop, and ends with it.
+    See Events for what becomes of it when the service or the bus goes.
+    """
+
+    def __init__(self, listen: Callable[[], Awaitable[Events]]) -> None:
+        self._listen = listen
+        self._events: Events | None = None
+
+    async def __aenter__(self) -> Self:
+        self._events = await self._listen()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._events is not None:
+            await self._events.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[Died]:
+        if self._events is None:
+            async with self:
+                async for death in self:
+                    yield death
+            return
+        async for event in self._events:
+            if isinstance(event, Died):
+                yield event
 
 
 def snapshot(path: str, properties: Mapping[str, Any]) -> Snapshot:

@@ -51,6 +51,7 @@ class Config(TypedDict, total=False):
 
     name: str | None
     vmm: str | None
+    kill_on_disconnect: bool | None
     kernel: File | None
     initrd: File | None
     bios: File | None
@@ -64,6 +65,7 @@ class Config(TypedDict, total=False):
     protected: bool | None
     balloon: bool | None
     gdb_port: int | None
+    ready_timeout_usec: int | None
     collect: str | None
 
 

@@ -32,6 +32,7 @@ from tests.rig import (
     client,
     guest,
     refused,
+    until_reaped,
 )
 from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
@@ -117,7 +118,7 @@ async def test_death_while_the_service_is_away_is_told_by_the_next(
     ((pid, _),) = mortal.traces()
     mortal.crash()
     _until_ended(pid)
-    _until_reaped(pid)
+    until_reaped(pid)
     mortal.start()
     assert (await listener.died(path))[1:] == [reason, status]
     assert await listener.get(path, "State") == "dead"
@@ -126,18 +127,6 @@ async def test_death_while_the_service_is_away_is_told_by_the_next(
     mortal.start()
     assert await listener.vm(path, "Wait") == [reason, status]
     assert _deaths(listener) == {path: 1}
-
-
-def _until_reaped(pid: int) -> None:
-    """PID 1 may take its time to reap what it inherited."""
-    with contextlib.suppress(ProcessLookupError):
-        fd = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(fd, 0)  # the kernel says POLLHUP, unasked, when it is reaped
-            assert poll.poll(DEADLINE * 1000)
-        finally:
-            os.close(fd)
 
 
 @pytest.mark.parametrize(

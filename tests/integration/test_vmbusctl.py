@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.contract import documented
 from tests.ctl import VMBUSCTL, Running
-from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, Client, Rig, Service, guest
+from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, VM, Client, Rig, Service, guest
 from vmbus.bus.connection import RemoteError
 
 MIB = 1 << 20
@@ -77,7 +78,9 @@ async def _paths(bus: Client) -> list[str]:
 
 def _as_on_the_bus(vm: dict[str, Any]) -> dict[str, Any]:
     """A VM of vmbusctl's JSON in the words of the bus, as far as that can be."""
-    return {key.replace("_", ""): value for key, value in vm.items() if key != "path"}
+    known = {each.attrib["name"].lower() for each in documented()[VM].iterfind("property")}
+    flat = {key.replace("_", ""): value for key, value in vm.items()}
+    return {key: value for key, value in flat.items() if key in known}
 
 
 async def _told(bus: Client, path: str) -> dict[str, Any]:

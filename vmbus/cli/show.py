@@ -13,7 +13,6 @@ import click
 
 from ..events import Added, Changed, Died, Event, Removed, ServiceChanged, Snapshot
 from .common import Options, command, connect, name_argument
-from .failures import Failure
 from .size import size_text
 from .text import ago, clean, moment, print_json, print_json_line, print_table, user_name
 
@@ -96,7 +95,6 @@ async def monitor(options: Options) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             async for event in events:
                 _show_event(event, names, as_json=options.json)
-            raise Failure("monitor", "the connection to the bus is gone")
 
 
 def _show_event(event: Event, names: dict[str, str], *, as_json: bool) -> None:
