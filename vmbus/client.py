@@ -256,6 +256,13 @@ class VM:
         """A stream joined to the guest's console, both ways. Raises InvalidState when it's dead."""
         return socket.socket(fileno=(await self._call("OpenConsole")).fds[0])
 
+    async def connect_vsock(self, port: int) -> socket.socket:
+        """A stream to a vsock port of its guest, 1024 or above.
+
+        Raises NotSupported, InvalidState, InvalidArgs, ControlFailed or TimedOut.
+        """
+        return socket.socket(fileno=(await self._call("ConnectVsock", port, lasts=True)).fds[0])
+
     async def open_log(self) -> BinaryIO:
         """What the guest's console has printed until now."""
         return os.fdopen((await self._call("OpenLog")).fds[0], "rb")

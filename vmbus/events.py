@@ -29,6 +29,9 @@ class Snapshot:
     memory_mib: int = 0
     cpus: int = 0
     state: str = ""
+    payload_state: str = ""
+    payload_exit_status: int = -1
+    status_text: str = ""
     requester_uid: int = 0
     requester_sid: str = ""
     requester_pid: int = 0

@@ -64,6 +64,7 @@ class Config(TypedDict, total=False):
     protected: bool | None
     balloon: bool | None
     gdb_port: int | None
+    ready_timeout_usec: int | None
     collect: str | None
 
 

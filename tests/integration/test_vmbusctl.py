@@ -230,6 +230,7 @@ async def test_every_option_of_create_arrives(
         "--disk": f"{disk},writable,id=data,direct",
         "--share": f"{shared}:tag,writable",
         "--gdb": "1234",
+        "--ready-timeout": "90",
     }
     ctl(
         "create", "--no-vsock", "--no-balloon", *[word for pair in options.items() for word in pair]
