@@ -384,6 +384,21 @@ async def test_run(
     assert name not in names
 
 
+async def test_run_ends_when_its_guest_is_not_ready_in_time(ctl: Ctl, tmp_path: Path) -> None:
+    done = ctl("run", "--kernel", str(guest(tmp_path)), "--ready-timeout", "0.2", code=13)
+    assert "hangup" in done.stderr
+
+
+async def test_status_shows_what_the_guest_says(
+    ctl: Ctl, bus: Client, tmp_path: Path, name: str
+) -> None:
+    """As the guest's word, and unable to steer a terminal."""
+    said = "READY=1\nSTATUS=all \x1b[31mwell\nEXIT_STATUS=3\n"
+    path = await _running(bus, guest(tmp_path, notify=said, then={"exit": 0}), name=name)
+    await bus.died(path)
+    assert "Guest says: finished (status 3) all  [31mwell\n" in ctl("status", name).stdout
+
+
 async def test_run_can_keep_its_vm(ctl: Ctl, bus: Client, tmp_path: Path, name: str) -> None:
     kernel = guest(tmp_path, then={"exit": 33})
     done = ctl("--json", "run", "--keep", "--name", name, "--kernel", str(kernel), code=10)

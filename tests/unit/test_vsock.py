@@ -13,15 +13,24 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from tests.rig import DEADLINE
+from tests.unit.doubles import DEADLINE, FakeDriver, FakeHost, Recorder
 from vmbus.errors import ControlFailed, TimedOut
 from vmbus.guest import vsock
 from vmbus.guest.port import PAUSE
 from vmbus.guest.report import Payload, Report
 from vmbus.guest.vsock import LIFETIME, MAX_CONNECTIONS, Family, Listener, connect
+from vmbus.model.identity import Requester
+from vmbus.model.limits import Limits
+from vmbus.model.machine import Machine
+from vmbus.model.record import Store
+from vmbus.model.registry import Registry
+from vmbus.model.surroundings import Surroundings
+from vmbus.settings import Settings
+from vmbus.vmm.base import Driver
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -257,6 +266,131 @@ async def test_host_without_descriptors_hears_them_later(
         sock.send(b"READY=1")
     assert await crowd.until(1) == [Report(Payload.READY)]
     assert failures == 1
+
+
+# All VMs of a service
+
+
+class Kept:
+    """A place where descriptors outlive the service."""
+
+    lasting = True
+
+    def __init__(self) -> None:
+        self.fds: dict[str, int] = {}
+
+    def store(self, name: str, fd: int) -> None:
+        self.forget(name)
+        self.fds[name] = os.dup(fd)
+
+    def forget(self, name: str) -> None:
+        if name in self.fds:
+            os.close(self.fds.pop(name))
+
+
+class VsockHost(FakeHost):
+    """A host with one driver, and with a vsock."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        super().__init__(driver)
+        self.vsock = True
+
+    def driver_named(self, name: str) -> Driver:
+        assert self.fake is not None
+        return self.fake
+
+
+class Services:
+    """Services in one directory, one after the other, on a host that has a vsock."""
+
+    def __init__(self, directory: Path) -> None:
+        self.recorder = Recorder()
+        self.kept = Kept()
+        self.driver = FakeDriver()
+        self._directory = directory
+        self._settings = Settings(notify_port=PORT)
+
+    def begin(self) -> Registry:
+        host = VsockHost(self.driver)
+        store = Store(self._directory / "vm")
+        around = Surroundings(self._settings, self.recorder, store, keep=self.kept, vsock=STANDIN)
+        limits = Limits(self._settings.limits)
+        registry = Registry(around, host, limits, image_directories=None)
+        registry.restore("bus", {name: os.dup(fd) for name, fd in self.kept.fds.items()})
+        registry.go_on()
+        return registry
+
+    async def create(self, registry: Registry, **config: object) -> Machine:
+        kernel = self._directory / "kernel"
+        kernel.touch()
+        vm = await registry.create({"kernel": str(kernel), **config}, Requester(1000))
+        await vm.start()
+        return vm
+
+    def close(self) -> None:
+        self.driver.close()
+        for name in list(self.kept.fds):
+            self.kept.forget(name)
+
+
+@pytest.fixture
+async def services(tmp_path: Path) -> AsyncIterator[Services]:
+    found = Services(tmp_path)
+    yield found
+    found.close()
+
+
+def _calls(cid: int, message: bytes) -> socket.socket:
+    """A message from a guest; the connection stays open."""
+    sock = socket.socket(STANDIN.number, socket.SOCK_SEQPACKET)
+    sock.bind(_name(cid, 999))
+    sock.connect(_name(2, PORT))
+    sock.send(message)
+    return sock
+
+
+async def test_report_is_of_the_vm_whose_cid_it_comes_from(services: Services) -> None:
+    """And of no other; nobody hears a VM without a vsock, or one that is dead."""
+    registry = services.begin()
+    one, other = [await services.create(registry) for _ in range(2)]
+    mute = await services.create(registry, vsock=False)
+    with contextlib.ExitStack() as calls:
+        for stranger in (mute.identity.cid, 77):
+            await _hangs_up(calls.enter_context(_calls(stranger, b"READY=1")))
+        calls.enter_context(_calls(one.identity.cid, b"READY=1\nSTATUS=up"))
+        await services.recorder.until("changed payload status_text")
+    assert [vm.payload for vm in (one, other, mute)] == ["ready", "starting", "starting"]
+    assert one.status_text == "up"
+    for vm in registry:
+        await vm.kill()
+    with _calls(other.identity.cid, b"READY=1") as late:
+        await _hangs_up(late)
+    assert other.payload == "starting"
+    await registry.let_go()
+
+
+async def test_report_waits_for_the_next_service(services: Services) -> None:
+    """Where the socket is kept, a guest that calls while there is no service is heard later."""
+    registry = services.begin()
+    vm = await services.create(registry)
+    await registry.let_go()
+    with _calls(vm.identity.cid, b"READY=1"):
+        registry = services.begin()
+        await services.recorder.until("changed payload")
+    found = registry.by_cid(vm.identity.cid)
+    assert found.payload == "ready"
+    await found.kill()
+    await registry.let_go()
+
+
+async def test_service_whose_port_is_taken_serves_all_the_same(services: Services) -> None:
+    with socket.socket(STANDIN.number, socket.SOCK_SEQPACKET) as other:
+        other.bind(_name(2, PORT))
+        registry = services.begin()
+        vm = await services.create(registry)
+        assert vm.state == "running"
+        await vm.kill()
+        await registry.let_go()
 
 
 # Connections to guests

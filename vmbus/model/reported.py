@@ -67,8 +67,9 @@ class Reported(Ledger):
 
     def _change(self, event: Event | None = None, *, firm: bool = False, **values: Any) -> None:
         """See Ledger._change. A guest whose vCPUs begin to run has all the time it gets."""
-        if event in (Event.ANSWERED, Event.RESUME):
+        if event is Event.ANSWERED:
             values["payload"] = self.payload.then(Payload.STARTING)
+        if event in (Event.ANSWERED, Event.RESUME):
             timeout = self.config.ready_timeout_usec / 1e6
             now = asyncio.get_running_loop().time()
             values["ready_by"] = now + timeout if timeout else 0.0
