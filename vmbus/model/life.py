@@ -177,9 +177,8 @@ class Life(Reported):
     def _end(self, ending: Ending, words: str) -> None:
         """The VMM is gone: tell everybody, in the promised order, and clean up."""
         self._console.close()
-        self._port.drain()
-        self._port.close()
-        self._tell_last_text()
+        for last in (self._port.drain, self._port.close, self._tell_last_text):
+            self._call(last)
         reason = death_reason(
             ending.status,
             told=ending.told,
