@@ -72,6 +72,8 @@ class Settings(BaseModel):
     """How long the VMs get to end when the service ends."""
     limits: LimitSettings = Field(default_factory=LimitSettings)
     """What one user, and all together, can take; each a table with `per_user` and `in_all`."""
+    notify_port: int = Field(default=9277, ge=1024, lt=(1 << 32) - 1)
+    """The vsock port of the host at which guests report how they are."""
     console_log_bytes: int = Field(default=256 * 1024, ge=4096, le=1 << 24)
     """How much of each VM's console is kept, at the most 16 MiB. The oldest goes first."""
 

@@ -164,6 +164,7 @@ class VMConfig(_Model):
     balloon: bool = True
     gdb_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     kill_on_disconnect: bool = False
+    ready_timeout_usec: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     collect: Literal["manual", "on-death"] = "manual"
 
     def files(self) -> list[OpenFile]:

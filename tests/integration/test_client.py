@@ -154,6 +154,27 @@ async def test_memory(vmbus: VMBus, bus: Client, tmp_path: Path) -> None:
     assert await vm.memory_actual() == 0
 
 
+async def test_vsock_that_is_not_there(vmbus: VMBus, tmp_path: Path) -> None:
+    vm = await vmbus.create(kernel=guest(tmp_path), vsock=False)
+    await vm.start()
+    with pytest.raises(errors.NotSupported):
+        await vm.connect_vsock(1024)
+    with pytest.raises(errors.InvalidArgs):
+        await vm.connect_vsock(22)
+    await vm.kill()
+
+
+async def test_what_a_guest_reports(vmbus: VMBus, tmp_path: Path) -> None:
+    said = "READY=1\nSTATUS=fine\nEXIT_STATUS=3\n"
+    vm = await vmbus.create(kernel=guest(tmp_path, notify=said, then={"exit": 0}))
+    assert (await vm.properties()).payload_state == "none"
+    await vm.start()
+    await vm.wait()
+    found = await vm.properties()
+    assert found.payload_state == "finished"
+    assert (found.payload_exit_status, found.status_text) == (3, "fine")
+
+
 async def test_resize_disk(vmbus: VMBus, tmp_path: Path) -> None:
     image = tmp_path / "disk"
     image.write_bytes(bytes(MIB))

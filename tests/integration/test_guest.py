@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.rig import ERROR, Client, Rig, Service, client, refused
+from tests.rig import ERROR, Client, Rig, Service, client, plain, refused
 from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
 
@@ -258,6 +258,14 @@ async def test_microvm(microvms: Client, guest_files: tuple[Path, Path], tmp_pat
             assert (b"vmbus was here" in file.read()) == ("vda" in script)
 
 
+async def test_microvm_has_the_port_too(microvms: Client, guest_files: tuple[Path, Path]) -> None:
+    path = await microvms.create(**_example(guest_files, f"example.status=3 {_clock()}"))
+    await microvms.vm(path, "Start")
+    async with asyncio.timeout(BOOT):
+        assert await microvms.vm(path, "Wait") == ["shutdown", 0]
+    assert await microvms.get(path, "PayloadExitStatus") == 3
+
+
 async def test_the_guest_sees_the_power_button(bus: Client, boot: Any) -> None:
     guest = await boot("echo ready; wait-powerbtn; echo pressed")
     await guest.prints("ready")
@@ -279,6 +287,59 @@ async def _press_until_dead(bus: Client, path: str) -> None:
     finally:
         await asyncio.gather(*presses, return_exceptions=True)
     assert not any(press.exception() for press in presses)
+
+
+def _example(guest_files: tuple[Path, Path], params: str) -> dict[str, Any]:
+    """The config of the guest that is in examples/guest."""
+    kernel, initrd = guest_files
+    params = f"console=ttyS0 quiet panic=-1 cryptomgr.notests rdinit=/example {params}"
+    return {"kernel": kernel, "initrd": initrd, "params": params, "memory_mib": 128}
+
+
+async def test_the_example_reports_all_of_its_life(
+    bus: Client, guest_files: tuple[Path, Path]
+) -> None:
+    """By the virtio port: every step in its order, its exit status, and then it is dead."""
+    config = _example(guest_files, "example.status=7")
+    path = await bus.create(**config, ready_timeout_usec=int(BOOT * 1_000_000))
+    await bus.vm(path, "Start")
+    async with asyncio.timeout(BOOT):
+        assert await bus.vm(path, "Wait") == ["shutdown", 0]
+    told = [plain(m.body)[1] for m in bus.of(path) if m.member == "PropertiesChanged"]
+    steps = [each["PayloadState"] for each in told if "PayloadState" in each]
+    # Those that come as one are told as one.
+    assert steps[0] == "starting" and steps[-1] == "finished"
+    assert sorted(steps, key=["starting", "started", "ready", "finished"].index) == steps
+    found = await bus.get_all(path)
+    assert found["PayloadState"] == "finished"
+    assert found["PayloadExitStatus"] == 7
+    assert found["StatusText"] == "Done, ending with 7"
+
+
+async def test_a_guest_is_ready_when_it_says_so(bus: Client, boot: Any) -> None:
+    """And goes on, long after it had to be."""
+    script = """
+        for each in /sys/class/virtio-ports/*; do port=/dev/${each##*/}; done
+        read go; echo READY=1 >$port; echo said; read go
+    """
+    guest = await boot(script, ready_timeout_usec=int(BOOT * 1_000_000))
+    assert await bus.get(guest.path, "PayloadState") == "starting"
+    await guest.prints("vmbus-guest: up")
+    await asyncio.get_running_loop().sock_sendall(guest._stream, b"go\n")
+    await guest.prints("said")
+    await bus.until(
+        lambda m: (
+            m.path == guest.path
+            and m.member == "PropertiesChanged"
+            and plain(m.body)[1].get("PayloadState") == "ready"
+        )
+    )
+    await asyncio.get_running_loop().sock_sendall(guest._stream, b"go\n")
+    assert await guest.dies() == ["shutdown", 0]
+
+
+async def test_a_guest_that_hangs_is_killed(boot: Any) -> None:
+    assert await (await boot("sleep 1000", ready_timeout_usec=500_000)).dies() == ["hangup", -9]
 
 
 async def test_a_guest_that_ignores_the_power_button(bus: Client, boot: Any) -> None:

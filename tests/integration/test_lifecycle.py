@@ -62,6 +62,9 @@ async def test_create_starts_nothing(bus: Client, service: Service, tmp_path: Pa
         "MemoryMiB": 64,
         "CPUs": 1,
         "State": "not-started",
+        "PayloadState": "none",
+        "PayloadExitStatus": -1,
+        "StatusText": "",
         "RequesterUid": os.getuid(),
         "RequesterPid": os.getpid(),
         "RequesterSid": "",
@@ -97,7 +100,7 @@ async def test_the_whole_life_is_told_in_order(bus: Client, tmp_path: Path) -> N
     assert await _names(bus, path) == [
         ["State"],
         ["Pid"],
-        ["StartedTimestamp", "State"],
+        ["PayloadState", "StartedTimestamp", "State"],
         ["DeathReason", "DiedTimestamp", "ExitStatus", "LastWords", "Pid", "State"],
         "Died",
     ]

@@ -155,6 +155,7 @@ async def test_every_option_of_create_arrives(
         "--disk": f"{disk},writable,id=data,direct",
         "--share": f"{shared}:tag,writable",
         "--gdb": "1234",
+        "--ready-timeout": "90",
     }
     ctl(
         "create", "--no-vsock", "--no-balloon", *[word for pair in options.items() for word in pair]
@@ -306,6 +307,21 @@ async def test_run(
     assert ("no luck" in line) == (reason == "start-failed")
     names = [await bus.get(path, "Name") for path in await _paths(bus)]
     assert name not in names
+
+
+async def test_run_ends_when_its_guest_is_not_ready_in_time(ctl: Ctl, tmp_path: Path) -> None:
+    done = ctl("run", "--kernel", str(guest(tmp_path)), "--ready-timeout", "0.2", code=13)
+    assert "hangup" in done.stderr
+
+
+async def test_status_shows_what_the_guest_says(
+    ctl: Ctl, bus: Client, tmp_path: Path, name: str
+) -> None:
+    """As the guest's word, and unable to steer a terminal."""
+    said = "READY=1\nSTATUS=all \x1b[31mwell\nEXIT_STATUS=3\n"
+    path = await _running(bus, guest(tmp_path, notify=said, then={"exit": 0}), name=name)
+    await bus.died(path)
+    assert "Guest says: finished (status 3) all  [31mwell\n" in ctl("status", name).stdout
 
 
 async def test_run_can_keep_its_vm(ctl: Ctl, bus: Client, tmp_path: Path, name: str) -> None:

@@ -716,6 +716,35 @@ def test_a_flooding_guest_ends_as_well(rig: Rig) -> None:
     assert rig.run(rig.guest(flood_console=True, then={"exit": 32, "after": 0.01})).wait() == 32
 
 
+NOTIFY = "hardware=virtio-console,num=1,name=org.vmbus.notify"
+
+
+def test_a_guest_notifies_by_a_port_that_is_named_so(rig: Rig) -> None:
+    with opened_pipe() as (out, sink), opened_pipe() as (source, typed):
+        console = f"type=file,path={os.devnull},input=/proc/self/fd/{source},console=true"
+        port = f"type=file,path=/proc/self/fd/{sink},{NOTIFY}"
+        guest = rig.guest(notify="READY=1\n", relay=True)
+        rig.start("--serial", console, "--serial", port, guest, fds=(sink, source)).ready()
+        read_until(out, b"READY=1\n")
+        os.write(typed, b"STATUS=typed\n")
+        read_until(out, b"STATUS=typed\n")
+
+
+def test_a_guest_cannot_notify_where_nothing_is_named_so(rig: Rig) -> None:
+    other = f"type=file,path={os.devnull},hardware=virtio-console,num=1,name=other"
+    assert rig.run("--serial", other, rig.guest(notify="READY=1\n")).ended()[0] == 1
+
+
+def test_a_flood_of_notices_holds_up_nothing_else(rig: Rig) -> None:
+    with opened_pipe() as (source, sink):
+        port = f"type=file,path=/proc/self/fd/{sink},{NOTIFY}"
+        vm = rig.start("--serial", port, rig.guest(flood_notify=True), fds=(sink,))
+        read_until(source, b"=%057d\n" % 5000)
+        vm.ready()
+        assert vm.ask("Exit") == "Ok"
+        assert vm.wait() == 0
+
+
 # --- the control socket ---
 
 

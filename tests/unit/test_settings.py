@@ -34,6 +34,7 @@ DEFAULTS = {
         "consoles": {"per_user": 200, "in_all": 2000},
         "files": {"per_user": 2000, "in_all": 8000},
     },
+    "notify_port": 9277,
     "console_log_bytes": 256 * 1024,
 }
 
@@ -64,6 +65,7 @@ def test_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("start_timeout = 3600", "start_timeout", 3600.0),
         ("stop_timeout = 86400", "stop_timeout", 86400.0),
         ("shutdown_timeout = 3600", "shutdown_timeout", 3600.0),
+        ("notify_port = 1024", "notify_port", 1024),
         ("console_log_bytes = 4096", "console_log_bytes", 4096),
         ("console_log_bytes = 16777216", "console_log_bytes", 1 << 24),
     ],
@@ -96,6 +98,8 @@ def test_file_changes_one_setting_and_no_other(
         ("stop_timeout = -1", "stop_timeout"),
         ("stop_timeout = inf", "stop_timeout"),
         ("shutdown_timeout = []", "shutdown_timeout"),
+        ("notify_port = 1023", "notify_port"),
+        ("notify_port = 4294967295", "notify_port"),
         ("console_log_bytes = 4095", "console_log_bytes"),
         ("console_log_bytes = 16777217", "console_log_bytes"),
         ("console_log_bytes = 4096.5", "console_log_bytes"),

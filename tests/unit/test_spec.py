@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("files_closed")
 
 KEYS = (
     "name, vmm, kernel, initrd, bios, params, memory_mib, cpus, disks, net, shared_dirs, vsock, "
-    "protected, balloon, gdb_port, kill_on_disconnect, collect"
+    "protected, balloon, gdb_port, kill_on_disconnect, ready_timeout_usec, collect"
 )
 DISK_KEYS = "writable, image, id, direct"
 
@@ -105,6 +105,7 @@ def test_defaults(make: Maker) -> None:
         "balloon": True,
         "gdb_port": None,
         "kill_on_disconnect": False,
+        "ready_timeout_usec": 0,
         "collect": "manual",
     }
     assert config.kernel is not None
@@ -139,6 +140,8 @@ def test_defaults(make: Maker) -> None:
         ("balloon", False),
         ("gdb_port", 1024),
         ("gdb_port", 65535),
+        ("ready_timeout_usec", 0),
+        ("ready_timeout_usec", (1 << 64) - 1),
         ("collect", "manual"),
         ("collect", "on-death"),
     ],
@@ -271,6 +274,8 @@ def test_config_is_frozen(make: Maker) -> None:
         ("gdb_port", 1023, "should be greater than or equal to 1024, not 1023"),
         ("gdb_port", 65536, "should be less than or equal to 65535, not 65536"),
         ("gdb_port", True, "should be a valid integer, not True"),
+        ("ready_timeout_usec", -1, "should be greater than or equal to 0, not -1"),
+        ("ready_timeout_usec", 1.5, "should be a valid integer, not 1.5"),
         ("collect", "", "should be 'manual' or 'on-death', not ''"),
         ("collect", "always", "should be 'manual' or 'on-death', not 'always'"),
         ("collect", True, "should be 'manual' or 'on-death', not True"),

@@ -20,14 +20,14 @@ stopping       .         .         .          .        .          .
 dead           .         .         .          .        .          .
 failed         .         .         .          .        .          .
 
-               STOP      EXITED  REMOVE
-not-started    .         .       not-started
-starting       starting  failed  .
-running        stopping  dead    .
-suspended      stopping  dead    .
-stopping       stopping  dead    .
-dead           .         .       dead
-failed         .         .       failed
+               CONNECT  STOP      EXITED  REMOVE
+not-started    .        .         .       not-started
+starting       .        starting  failed  .
+running        running  stopping  dead    .
+suspended      .        stopping  dead    .
+stopping       .        stopping  dead    .
+dead           .        .         .       dead
+failed         .        .         .       failed
 """
 
 

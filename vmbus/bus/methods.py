@@ -214,6 +214,10 @@ def _open_log(call: Call) -> Reply:
     return Descriptor(call.machine.open_log())
 
 
+async def _connect_vsock(call: Call) -> Reply:
+    return Descriptor(await call.machine.connect_vsock(call.args[0]))
+
+
 # The interfaces that every object has
 
 
@@ -280,6 +284,7 @@ TABLE: Mapping[tuple[str, str], Method] = {
     (VIRTUAL_MACHINE, "Remove"): Method(Access.MANAGE, _remove),
     (VIRTUAL_MACHINE, "OpenConsole"): Method(Access.MANAGE, _open_console),
     (VIRTUAL_MACHINE, "OpenLog"): Method(Access.MANAGE, _open_log),
+    (VIRTUAL_MACHINE, "ConnectVsock"): Method(Access.MANAGE, _connect_vsock),
     (PROPERTIES, "Get"): Method(Access.READ, _get),
     (PROPERTIES, "GetAll"): Method(Access.READ, _get_all),
     (PROPERTIES, "Set"): Method(Access.READ, _set),

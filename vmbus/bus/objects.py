@@ -44,6 +44,9 @@ _VM_PROPERTIES: Mapping[str, Callable[[Machine], Any]] = {
     "MemoryMiB": lambda vm: vm.config.memory_mib,
     "CPUs": lambda vm: vm.config.cpus,
     "State": lambda vm: str(vm.state),
+    "PayloadState": lambda vm: str(vm.payload),
+    "PayloadExitStatus": lambda vm: vm.payload_status,
+    "StatusText": lambda vm: vm.status_text,
     "RequesterUid": lambda vm: vm.identity.requester.uid,
     "RequesterSid": lambda vm: vm.identity.requester.sid,
     "RequesterPid": lambda vm: vm.identity.requester.pid,
@@ -59,6 +62,9 @@ _VM_PROPERTIES: Mapping[str, Callable[[Machine], Any]] = {
 #: Attributes of a VM that change, and the properties that show them.
 _SHOWN_AS = {
     "state": "State",
+    "payload": "PayloadState",
+    "payload_status": "PayloadExitStatus",
+    "status_text": "StatusText",
     "pid": "Pid",
     "started": "StartedTimestamp",
     "died": "DiedTimestamp",

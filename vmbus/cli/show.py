@@ -62,6 +62,9 @@ def _details(vm: Snapshot) -> list[tuple[str, str]]:
         lines.append(("Reason", f"{vm.death_reason} (status {vm.exit_status})"))
     if vm.last_words:
         lines.append(("Last words", vm.last_words))
+    if vm.payload_state not in ("", "none"):
+        exited = f" (status {vm.payload_exit_status})" if vm.payload_exit_status >= 0 else ""
+        lines.append(("Guest says", f"{vm.payload_state}{exited} {vm.status_text}".rstrip()))
     lines.append(("VMM", f"{vm.vmm}, pid {vm.pid}" if vm.pid else vm.vmm))
     now = f", now {size_text(vm.memory_actual)}" if vm.pid else ""
     lines.append(("Memory", f"{vm.memory_mib} MiB{now}"))

@@ -82,6 +82,10 @@ def _if_given(meaning: bool) -> Callable[[click.Context, click.Parameter, bool],
     return lambda _, __, given: meaning if given else None
 
 
+def _microseconds(_: click.Context, __: click.Parameter, seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e6)
+
+
 _FILE = click.Path(dir_okay=False)
 _OPTIONS = (
     click.option("--name", "vm_name", metavar="NAME", help="Name of the VM.  [default: vm-ID]"),
@@ -130,6 +134,14 @@ _OPTIONS = (
         is_flag=True,
         callback=_if_given(False),
         help="Without a memory balloon.",
+    ),
+    click.option(
+        "--ready-timeout",
+        "ready_timeout_usec",
+        type=click.FloatRange(min=0, max=1e9),
+        callback=_microseconds,
+        metavar="SECONDS",
+        help="Kill it unless its guest reports ready in time.",
     ),
     click.option(
         "--gdb",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import VMBusError
+from ..guest.report import Payload
 from ..reasons import Reason
 from ..spec import VMConfig
 from ..vmm.run import Trace
@@ -24,7 +25,7 @@ _WRITTEN = frozenset(Record.model_fields) - {
     *("version", "id", "name", "cid", "requester", "config", "vmm", "kvm", "vsock")
 }
 #: What is written down, or is neither, but nobody is told.
-_SILENT = frozenset({"traces", "asked_for", "killed_for", "halted", "ends_by"})
+_SILENT = frozenset({"traces", "asked_for", "killed_for", "halted", "ends_by", "ready_by"})
 
 
 class Ledger:
@@ -64,6 +65,12 @@ class Ledger:
         self.halted = False
         #: When a Stop is out of time, in seconds since boot.
         self.ends_by = 0.0
+        #: What its guest reported: how far it is, its exit status (-1 before), and how it puts it.
+        self.payload = Payload.NONE
+        self.payload_status = -1
+        self.status_text = ""
+        #: When a guest that isn't ready hangs, by the clock of the event loop; 0: never.
+        self.ready_by = 0.0
         self._around = surroundings
 
     @property

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 
 from ..errors import VMBusError
 from ..guest.console import BoundedLog, Console
-from ..reasons import ORDERLY, death_reason, obituary
+from ..guest.port import Port
+from ..reasons import ORDERLY, Reason, death_reason, obituary
 from ..spec import VMConfig
 from ..text import clean
 from ..vmm.base import Driver, Launch
@@ -21,15 +22,16 @@ from ..vmm.run import Ending, Run
 from .controls import Controls
 from .holdings import Holdings
 from .identity import Identity
-from .ledger import Ledger, now
+from .ledger import now
 from .limits import Shares
+from .reported import Reported
 from .state import Event, State
 from .surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
 
-class Life(Ledger):
+class Life(Reported):
     """One VM as far as it lives by itself. shares: what it may take; for the rest see Ledger."""
 
     def __init__(
@@ -52,6 +54,7 @@ class Life(Ledger):
             BoundedLog(identity.directory / "console.log", settings.console_log_bytes),
             self._temporary,
         )
+        self._port = Port(self._temporary, self.reported)
         launch = Launch(
             name=identity.name,
             cid=identity.cid,
@@ -59,6 +62,7 @@ class Life(Ledger):
             directory=self._temporary,
             kvm=kvm,
             vsock=vsock,
+            notify_port=settings.notify_port if vsock else 0,
             control_timeout=settings.control_timeout,
         )
         self._run = Run(driver, launch)
@@ -102,6 +106,8 @@ class Life(Ledger):
             self._life.cancel()
             await asyncio.wait({self._life})
         self._run.let_go()
+        self._port.close()
+        self._tell_last_text()
         self._console.close()
         self.config.close()
 
@@ -137,6 +143,7 @@ class Life(Ledger):
         self.holdings.check()
         self._temporary.mkdir(mode=0o700)
         self._console.plug()
+        self._port.plug()
         timeout = self._around.settings.start_timeout
         if not await self._run.spawn(timeout, self._held):
             return "ended before it was started"
@@ -156,6 +163,8 @@ class Life(Ledger):
         if not self._run.pid:
             return ""
         self._call(self._console.plug_again)
+        self._call(self._port.plug_again)
+        self._watch_readiness()
         if self.killed_for is not None:
             self._run.kill()
         if self.state is State.STARTING:
@@ -183,6 +192,8 @@ class Life(Ledger):
     def _end(self, ending: Ending, words: str) -> None:
         """The VMM is gone: tell everybody, in the promised order, and clean up."""
         self._call(self._console.close)
+        for last in (self._port.drain, self._port.close, self._tell_last_text):
+            self._call(last)
         reason = death_reason(
             ending.status,
             told=ending.told,
@@ -222,6 +233,12 @@ class Life(Ledger):
             return
         self._call(self._around.store.told, self.identity.id)
         self._call(self.on_death)
+
+    def _kill_now(self, reason: Reason) -> None:
+        if not self._run.has_ended():
+            if self.killed_for is None:
+                self._change(killed_for=reason)
+            self._run.kill()
 
     def _memory_is(self, size: int) -> None:
         if self.alive and 0 <= size <= self.config.memory_mib << 20 and size != self.memory_actual:

@@ -11,12 +11,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..errors import InvalidArgs, InvalidState, NoSuchVM, NotSupported, StartFailed
+from ..guest import vsock
 from ..reasons import Reason
 from ..vmm.base import Control
 from .ledger import since_boot
 from .life import Life
 from .state import Event, State, after
 
+#: Ports below are for what the guest's own administrator set up.
+FIRST_OPEN_PORT = 1024
 #: Seconds that a VMM which is out of time gets to end by its own stop before SIGKILL.
 _GRACE = 0.5
 
@@ -62,10 +65,7 @@ class Machine(Life):
         """End the VMM at once; return when the VM is dead. Nothing to do when it isn't alive."""
         if not self.alive:
             return
-        if not self._run.has_ended():
-            if self.killed_for is None:
-                self._change(killed_for=reason)
-            self._run.kill()
+        self._kill_now(reason)
         await self._gone.wait()
 
     async def wait(self) -> tuple[Reason, int]:
@@ -140,6 +140,20 @@ class Machine(Life):
         if self.over:
             raise InvalidState(f"a VM that is {self.state} has no console; its log can be opened")
         return self._console.attach(self._shares.console(uid).release).detach()
+
+    async def connect_vsock(self, port: int) -> int:
+        """A stream socket to a vsock port of the guest, the caller's to close.
+
+        Raises InvalidArgs, NotSupported, InvalidState, ControlFailed or TimedOut.
+        """
+        if not FIRST_OPEN_PORT <= port < vsock.ANY_PORT:
+            raise InvalidArgs(f"a port must be {FIRST_OPEN_PORT} to {vsock.ANY_PORT - 1}")
+        if not self.vsock:
+            raise NotSupported("this VM has no vsock")
+        after(self.state, Event.CONNECT)
+        timeout = self._around.settings.control_timeout
+        stream = await vsock.connect(self._around.vsock, self.identity.cid, port, timeout)
+        return stream.detach()
 
     def open_log(self) -> int:
         """A read-only descriptor of the console's log, the caller's to close."""

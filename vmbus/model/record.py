@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..files import OpenFile
+from ..guest.report import Payload
 from ..reasons import Reason
 from ..spec import VMConfig
 from ..vmm.run import Trace
@@ -36,7 +37,7 @@ class Record(BaseModel):
     """One VM, as it is written down. Times are microseconds since the epoch.
 
     asked_for, killed_for: what it is about to end for. halted: whether its vCPUs were to stop.
-    ends_by: when a Stop runs out of time, in seconds since boot.
+    ends_by: when a Stop runs out of time, in seconds since boot. ready_by: see Ledger.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +63,10 @@ class Record(BaseModel):
     killed_for: Reason | None
     halted: bool
     ends_by: float
+    payload: Payload = Payload.NONE
+    payload_status: int = -1
+    status_text: str = ""
+    ready_by: float = 0.0
 
 
 class Counters(BaseModel):

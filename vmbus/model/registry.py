@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import logging
 from collections import deque
-from collections.abc import Collection, Coroutine, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidState, LimitExceeded, NameExists, NoSuchVM, VMBusError
 from ..files import FilePolicy
+from ..guest.report import Report
+from ..guest.vsock import Listener
 from ..reasons import Reason
 from ..spec import VMConfig, parse_config
 from ..vmm.base import Driver
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 _LAST_STARTS = 2.0
 FIRST_CID = 2048
 LAST_CID = 65535
+#: What the socket by which guests report is kept as, for the next service.
+_LISTENER = "notify-vsock"
 
 
 class CIDPool:
@@ -85,6 +89,7 @@ class Registry:
         self._by_cid: dict[int, Machine] = {}
         self._cids = CIDPool()
         self._last_id = 0
+        self._listener = Listener(surroundings.vsock, self._hearer)
 
     def __len__(self) -> int:
         return len(self._machines)
@@ -115,6 +120,9 @@ class Registry:
         bus: which one we are on. kept: descriptors that outlived the other service, by name; those
         that are of no use are left in it.
         """
+        listener = kept.pop(_LISTENER, None)
+        if listener is not None:
+            self._listener.adopt(listener)
         store = self._around.store
         records = store.open()
         if store.counters.bus != bus:
@@ -145,10 +153,23 @@ class Registry:
 
     def go_on(self) -> None:
         """Let the VMs that were restored live on, now that they can be told of."""
+        self._listen()
         for vm in self:
             vm.go_on()
             if vm.state is State.STOPPING:
                 self._own(vm.stop_again())
+
+    def _listen(self) -> None:
+        port = self._around.settings.notify_port
+        try:
+            if self._host.vsock:
+                self._around.keep.store(_LISTENER, self._listener.open(port))
+        except OSError as error:
+            log.warning("guests can't report at vsock port %d: %s", port, error.strerror)
+
+    def _hearer(self, cid: int) -> Callable[[Report], None] | None:
+        vm = self._by_cid.get(cid)
+        return vm.reported if vm is not None and vm.alive and vm.vsock else None
 
     async def create(self, raw: Mapping[str, object], requester: Requester) -> Machine:
         """Validate a config and make its VM, without starting anything.
@@ -286,8 +307,10 @@ class Registry:
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
+        self._listener.close()
         for vm in self:
             await vm.let_go()
+        self._around.watch.close()
 
 
 def _of_nobody(record: Record) -> Record:

@@ -28,6 +28,7 @@ class Event(enum.Enum):
     RESUME = "be resumed"
     ADJUST = "have its memory changed"
     RESIZE = "have a disk resized"
+    CONNECT = "be connected to"
     STOP = "be stopped"
     EXITED = "end"
     REMOVE = "be removed"
@@ -43,6 +44,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SUSPENDED, Event.ADJUST): State.SUSPENDED,
     (State.RUNNING, Event.RESIZE): State.RUNNING,
     (State.SUSPENDED, Event.RESIZE): State.SUSPENDED,
+    (State.RUNNING, Event.CONNECT): State.RUNNING,
     (State.RUNNING, Event.STOP): State.STOPPING,
     (State.RUNNING, Event.EXITED): State.DEAD,
     (State.SUSPENDED, Event.RESUME): State.RUNNING,

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from ..guest.vsock import Family
 from ..settings import Settings
 from .identity import Observer
 from .record import Store
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -72,3 +74,5 @@ class Surroundings:
     store: Store
     keep: Keep = field(default_factory=NoKeep)
     placement: Placement = field(default_factory=Anywhere)
+    watch: Watch = field(default_factory=Watch)
+    vsock: Family = field(default_factory=Family)

@@ -17,6 +17,7 @@ from ..spec import VMConfig
 #: The control socket's name in a VM's directory of temporary files.
 CONTROL_SOCKET = "control"
 _COPY_CHUNK = 1 << 24
+_HOST_CID = socket.VMADDR_CID_HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Launch:
 
     directory: the VM's own, for temporary files; the console's FIFOs are in it. kvm: whether KVM is
     usable. vsock: whether the guest gets a vsock. control_timeout: how long the VMM may take to
-    answer a request, in seconds.
+    answer a request, in seconds. notify_port: the vsock port where the guest can report; 0: none.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Launch:
     kvm: bool
     vsock: bool
     control_timeout: float
+    notify_port: int = 0
+
+    @property
+    def credential(self) -> str:
+        """Where an unchanged systemd in the guest reports, or an empty string: nowhere."""
+        return f"vsock:{_HOST_CID}:{self.notify_port}" if self.notify_port else ""
 
 
 class Control(Protocol):

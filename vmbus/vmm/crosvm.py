@@ -19,8 +19,9 @@ from typing import Any
 from ..errors import ControlFailed, NotSupported, TimedOut
 from ..files import check_raw
 from ..guest.console import INPUT, OUTPUT
+from ..guest.port import NAME, NOTIFY_OUTPUT
 from ..reasons import Reason
-from ..spec import Disk, Net, VMConfig
+from ..spec import MAX_PARAMS, Disk, Net, VMConfig
 from .base import Command, Launch, check_unmoved, connect, last_line, listen
 
 _REASONS = {
@@ -100,6 +101,7 @@ class Crosvm:
             command.argv += _sandbox(launch.directory)
             command.argv += _machine(launch)
             command.argv += _console(launch.directory, command)
+            command.argv += _notify_port(launch.directory, command)
             for disk in launch.config.disks:
                 # crosvm looks for itself what an image is, and opens what its head names.
                 check_raw(disk.image)
@@ -110,7 +112,7 @@ class Crosvm:
                 f"--shared-dir={shared.source.name}:{shared.tag}:type=fs:cache=auto"
                 for shared in launch.config.shared_dirs
             ]
-            command.argv += _boot(launch.config, command)
+            command.argv += _boot(launch, command)
         except BaseException:
             command.close()
             raise
@@ -200,6 +202,16 @@ def _console(directory: Path, command: Command) -> list[str]:
     return ["--serial", serial]
 
 
+def _notify_port(directory: Path, command: Command) -> list[str]:
+    # As the console: what a full one doesn't take is lost.
+    both = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+    out = command.own_fd(os.open(directory / NOTIFY_OUTPUT, both))
+    port = _options(
+        type="file", hardware="virtio-console", num=1, path=command.pass_fd(out), name=NAME
+    )
+    return ["--serial", port]
+
+
 def _block(disk: Disk, path: str) -> str:
     options = _options(path=path, ro=not disk.writable)
     if disk.id is not None:
@@ -209,16 +221,26 @@ def _block(disk: Disk, path: str) -> str:
     return f"--block={options}"
 
 
-def _boot(config: VMConfig, command: Command) -> list[str]:
+def _boot(launch: Launch, command: Command) -> list[str]:
+    config = launch.config
     if config.bios is not None:
         return ["--bios", command.pass_fd(config.bios.fd)]
     assert config.kernel is not None
     boot = []
     if config.initrd is not None:
         boot += ["--initrd", command.pass_fd(config.initrd.fd)]
-    if config.params:
-        boot.append(f"--params={config.params}")
+    if params := _params(launch):
+        boot.append(f"--params={params}")
     return [*boot, command.pass_fd(config.kernel.fd)]
+
+
+def _params(launch: Launch) -> str:
+    """The kernel's command line, which is also systemd's; the kernel itself looks over a '.'."""
+    params = launch.config.params
+    if not launch.credential:
+        return params
+    more = f"{params} systemd.set_credential=vmm.notify_socket:{launch.credential}".lstrip()
+    return more if len(more.encode()) <= MAX_PARAMS else params
 
 
 class CrosvmControl:

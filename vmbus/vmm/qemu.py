@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ControlFailed
 from ..guest.console import CONSOLE
+from ..guest.port import NAME, NOTIFY
 from ..reasons import Reason
 from ..spec import MAX_PARAMS, Disk, Net, VMConfig
 from .base import Command, Launch, connect, last_line, listen, readable_again
@@ -58,6 +59,7 @@ class Qemu:
             command.argv = [self._program, *_machine(launch, microvm=microvm), *_BARE]
             command.argv += _monitor(command, command.own_fd(listener.detach()))
             command.argv += _console(launch.directory)
+            command.argv += _notify_port(launch.directory, bus)
             for index, disk in enumerate(launch.config.disks):
                 command.argv += _disk(command, index, disk, bus)
             for index, net in enumerate(launch.config.net):
@@ -135,8 +137,22 @@ def _monitor(command: Command, listener: int) -> list[str]:
 
 def _console(directory: Path) -> list[str]:
     # QEMU opens both FIFOs both ways, so that neither comes to an end while nobody else has it.
-    path = str(directory / CONSOLE).replace(",", ",,")
-    return ["-chardev", f"pipe,id=console,path={path}", "-serial", "chardev:console"]
+    return [*_pipe(CONSOLE, directory), "-serial", "chardev:console"]
+
+
+def _notify_port(directory: Path, bus: str) -> list[str]:
+    return [
+        *_pipe(NOTIFY, directory),
+        "-device",
+        f"virtio-serial-{bus},max_ports=2",
+        "-device",
+        f"virtserialport,chardev={NOTIFY},name={NAME}",
+    ]
+
+
+def _pipe(name: str, directory: Path) -> list[str]:
+    path = str(directory / name).replace(",", ",,")
+    return ["-chardev", f"pipe,id={name},path={path}"]
 
 
 def _disk(command: Command, index: int, disk: Disk, bus: str) -> list[str]:
@@ -188,6 +204,9 @@ def _extras(launch: Launch, bus: str) -> list[str]:
         extras += ["-device", f"virtio-balloon-{bus},id=balloon"]
     if launch.vsock:
         extras += ["-device", f"vhost-vsock-{bus},guest-cid={launch.cid}"]
+    if launch.credential:
+        credential = "name=opt/io.systemd.credentials/vmm.notify_socket"
+        extras += ["-fw_cfg", f"{credential},string={launch.credential}"]
     if launch.config.gdb_port is not None:
         extras += ["-gdb", f"tcp:127.0.0.1:{launch.config.gdb_port}"]
     return extras
