@@ -211,9 +211,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-_BUS = "org.freedesktop.DBus"
-_NAME_HAS_OWNER = (f"--dest={_BUS}", f"--object-path=/{_BUS.replace('.', '/')}")
-_NAME_HAS_OWNER += (f"--method={_BUS}.NameHasOwner",)
+_NAME_HAS_OWNER = (
+    "--dest=org.freedesktop.DBus",
+    "--object-path=/org/freedesktop/DBus",
+    "--method=org.freedesktop.DBus.NameHasOwner",
+)
 
 
 class Service:

@@ -82,7 +82,7 @@ def _facts(vm: Machine) -> tuple[object, ...]:
 
 
 STARTING = "changed state=starting"
-RUNNING = "changed state=running started memory_actual"
+RUNNING = "changed state=running started memory_actual payload"
 STOPPING = "changed state=stopping"
 DEAD = "changed state=dead reason status died last_words memory_actual pid"
 FAILED = "changed state=failed reason status died last_words memory_actual"

@@ -20,6 +20,7 @@ from tests.unit.doubles import DEADLINE, a_config
 from vmbus.errors import ControlFailed, NotSupported, TimedOut, VMBusError
 from vmbus.files import Handle, OpenFile
 from vmbus.guest.console import INPUT, OUTPUT
+from vmbus.guest.port import NOTIFY_INPUT, NOTIFY_OUTPUT
 from vmbus.reasons import Reason
 from vmbus.spec import MAX_DISKS, Net, VMConfig, host_cpus
 from vmbus.vmm import base
@@ -67,7 +68,7 @@ class Maker:
         self.configs += 1
         directory = self.directory / f"tmp{self.configs}"
         directory.mkdir()
-        for name in (INPUT, OUTPUT):
+        for name in (INPUT, OUTPUT, NOTIFY_INPUT, NOTIFY_OUTPUT):
             os.mkfifo(directory / name)
         return Launch(
             "guest-1",
@@ -120,6 +121,8 @@ CROSVM_SERIAL = [
     "--serial",
     "type=file,hardware=serial,num=1,path=/proc/self/fd/CONSOLE.OUT,"
     "input=/proc/self/fd/CONSOLE.IN,console=true,earlycon=true",
+    "--serial",
+    "type=file,hardware=virtio-console,num=1,path=/proc/self/fd/NOTIFY.OUT,name=org.vmbus.notify",
 ]
 
 
@@ -546,6 +549,8 @@ def _all_in(words: Sequence[str], argv: Sequence[str]) -> bool:
         ["-chardev", "socket,id=control,fd=CONTROL,server=on,wait=off"],
         ["-mon", "chardev=control,mode=control"],
         ["-chardev", "pipe,id=console,path=TMP/console", "-serial", "chardev:console"],
+        ["-chardev", "pipe,id=notify,path=TMP/notify", "-device"],
+        ["-device", "virtserialport,chardev=notify,name=org.vmbus.notify"],
     ],
     ids=" ".join,
 )

@@ -102,7 +102,7 @@ async def _refused(start: Awaitable[None]) -> str:
 
 STARTING = "changed state=starting"
 PID = "changed pid"
-RUNNING = "changed state=running started memory_actual"
+RUNNING = "changed state=running started memory_actual payload"
 STOPPING = "changed state=stopping"
 DEAD = "changed state=dead reason status died last_words memory_actual pid"
 FAILED = "changed state=failed reason status died last_words memory_actual pid"

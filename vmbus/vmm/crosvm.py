@@ -203,9 +203,8 @@ def _console(directory: Path, command: Command) -> list[str]:
 
 
 def _notify_port(directory: Path, command: Command) -> list[str]:
-    # As the console: what a full one doesn't take is lost.
-    both = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
-    out = command.own_fd(os.open(directory / NOTIFY_OUTPUT, both))
+    # As the console's: a guest that says more than is heard has to wait.
+    out = command.own_fd(os.open(directory / NOTIFY_OUTPUT, os.O_RDWR | os.O_CLOEXEC))
     port = _options(
         type="file", hardware="virtio-console", num=1, path=command.pass_fd(out), name=NAME
     )
