@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.rig import DEADLINE, ERROR, STANDARD_ERROR
+from tests.rig import ERROR, STANDARD_ERROR
 from vmbus.bus.authority import Access, Authority, Request
 from vmbus.bus.connection import Connection
 from vmbus.bus.contract import PEER
