@@ -450,6 +450,12 @@ async def refused(name: str) -> AsyncIterator[list[str]]:
         raise AssertionError(f"no {name}")
 
 
+def kernel_version() -> tuple[int, int]:
+    """This host's Linux."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(digit for digit in minor if digit.isdigit()))
+
+
 def variant(value: Any) -> Any:
     """A plain value in the D-Bus type that a caller would likely take for it."""
     if isinstance(value, Variant):

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     stop_timeout: float = Field(default=90.0, gt=0, le=86400)
     """How long Stop waits for the guest when its caller names no time."""
     shutdown_timeout: float = Field(default=20.0, gt=0, le=3600)
-    """How long the VMs get to end when the service ends."""
+    """How long the VMs get to end when the host shuts down."""
     limits: LimitSettings = Field(default_factory=LimitSettings)
     """What one user, and all together, can take; each a table with `per_user` and `in_all`."""
     notify_port: int = Field(default=9277, ge=1024, lt=(1 << 32) - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.rig import CROSVM, DEADLINE, Client, Rig, Service, client, guest
+from tests.rig import CROSVM, DEADLINE, Client, Rig, Service, client, guest, kernel_version
 from vmbus.bus.wire import Variant
 
 
@@ -44,6 +44,13 @@ class Keeper:
                 os.close(self.kept.pop(name))
             else:
                 self.told += text.decode().splitlines()
+
+    def until(self, said: str) -> None:
+        """Wait until that was said."""
+        self.take()
+        while said not in self.told:
+            assert select.select([self._sock], [], [], DEADLINE)[0], self.told
+            self.take()
 
     def close(self) -> None:
         self._sock.close()
@@ -82,8 +89,7 @@ def restart(service: Service, keeper: Keeper) -> None:
 
 async def test_manager_is_told_what_the_service_does(kept: Service, keeper: Keeper) -> None:
     """Ready once it can be called, and stopping when it is told to end."""
-    keeper.take()
-    assert "READY=1" in keeper.told
+    keeper.until("READY=1")
     assert await asyncio.to_thread(kept.terminate) == 0
     keeper.take()
     assert "STOPPING=1" in keeper.told
@@ -134,13 +140,8 @@ async def test_death_while_the_service_was_away_has_its_true_reason(
     poll.register(pidfd, 0)  # POLLHUP, unasked, when it has been reaped
     assert poll.poll(DEADLINE * 1000)
     kept.start(kept=keeper.kept)
-    known = [reason, status] if _kernel() >= (6, 15) else ["unknown", 0]
+    known = [reason, status] if kernel_version() >= (6, 15) else ["unknown", 0]
     assert (await listener.died(path))[1:] == known
-
-
-def _kernel() -> tuple[int, int]:
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(digit for digit in minor if digit.isdigit()))
 
 
 async def test_disk_can_be_resized_by_the_next_service(

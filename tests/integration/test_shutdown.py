@@ -79,9 +79,17 @@ async def test_a_service_with_nothing_to_do_ends_by_itself(rig: Rig, tmp_path: P
         assert await asyncio.to_thread(service.process.wait, DEADLINE) == 0
 
 
-async def test_a_vm_that_would_lose_its_files_keeps_the_service(rig: Rig, tmp_path: Path) -> None:
-    """One that was created, but not started, has nothing that would outlive the service here."""
-    service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"}, options=["--exit-on-idle", "0.1"])
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_vm_that_would_lose_its_files_keeps_the_service(
+    rig: Rig, tmp_path: Path, *, kept: bool
+) -> None:
+    """One that was created, but not started: what keeps files over a restart drops them then."""
+    service = Service(
+        rig,
+        {"crosvm": str(CROSVM), "kvm": "on"},
+        {"NOTIFY_SOCKET": str(rig.directory / "notify")} if kept else None,
+        options=["--exit-on-idle", "0.1"],
+    )
     async with client(rig) as bus:
         path = await bus.create(kernel=guest(tmp_path))
         with pytest.raises(TimeoutError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import tempfile
@@ -22,6 +23,43 @@ LONG = 120.0
 
 class CannotBoot(Exception):
     """Containers can't be booted on this host; the message says what is missing."""
+
+
+class Program:
+    """A program that is listened to while it runs."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._heard = b""
+
+    def until(self, wanted: str) -> str:
+        """All that it has said, once that is among it."""
+        assert self._process.stdout is not None
+        stdout = self._process.stdout.fileno()
+        while wanted.encode() not in self._heard:
+            ready, _, _ = select.select([stdout], [], [], LONG)
+            data = os.read(stdout, 65536) if ready else b""
+            assert data, f"no {wanted!r} in {self._heard!r}"
+            self._heard += data
+        return self._heard.decode()
+
+    def ends(self) -> None:
+        """Wait for its end."""
+        self._process.wait(LONG)
+
+    def close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        # nsenter has a child for it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(DEADLINE)
 
 
 class Machine:
@@ -72,12 +110,16 @@ class Machine:
         """What the container's console and nspawn itself have said."""
         return Path(self._console.name).read_text("utf-8", "replace")
 
+    @property
+    def _enter(self) -> list[str]:
+        enter = ["nsenter", f"--target={self._leader}", "--all", "--wdns=/", "env", "-i"]
+        return [*enter, "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
+
     def command(
         self, *argv: str, user: str | None = None, stdin: str = "", deadline: float = DEADLINE
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in the container to its end: root's as it is, a user's as a unit."""
-        enter = ["nsenter", f"--target={self._leader}", "--all", "--wdns=/", "env", "-i"]
-        enter += ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
+        enter = self._enter
         if user is not None:
             # By systemd, so that it is in a cgroup of its own and has nothing of ours.
             enter += ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--uid={user}"]
@@ -96,6 +138,12 @@ class Machine:
         assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
+    @contextlib.contextmanager
+    def program(self, *argv: str) -> Iterator[Program]:
+        """A program of root's that goes on in the container, until it is no longer listened to."""
+        with contextlib.closing(Program([*self._enter, *argv])) as program:
+            yield program
+
     def write(self, path: str, text: str) -> None:
         self.run("sh", "-c", 'mkdir -p "${1%/*}" && cat >"$1"', "sh", path, stdin=text)
 
@@ -108,12 +156,27 @@ class Machine:
         """A property of a unit."""
         return self.run("systemctl", "show", "--value", f"--property={key}", name)
 
+    def active_units(self, pattern: str) -> list[str]:
+        """The names of units that are loaded and active."""
+        options = ("--plain", "--no-legend", "--state=active", pattern)
+        lines = self.run("systemctl", "list-units", *options).splitlines()
+        return [line.split()[0] for line in lines]
+
+    def processes(self, user: str) -> list[str]:
+        """The numbers of a user's processes."""
+        found = self.run("find", "/proc", "-maxdepth", "1", "-name", "[0-9]*", "-user", user)
+        return [path.removeprefix("/proc/") for path in found.splitlines()]
+
     def install(self, package: Path) -> str:
         """Install a package by dpkg; what that says."""
         inside = Path("/packages") / package.name
         done = self.command("dpkg", "--install", str(inside), deadline=LONG)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+    def until_off(self) -> None:
+        """Wait until it has shut itself down."""
+        self._process.wait(LONG)
 
     def close(self) -> None:
         self._process.terminate()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.rig import BUS
 from tests.system.conftest import Packages
-from tests.system.machine import Machine
+from tests.system.machine import LONG, Machine
+from tests.system.test_service import guest
 
 #: Where programs and administrators keep files that last.
 PLACES = ("/etc", "/opt", "/run/vmbus", "/srv", "/usr", "/var/lib", "/root", "/home")
@@ -29,6 +30,8 @@ def test_the_package_installs_into_a_clean_debian(clean: Machine, packages: Pack
         "root:755",
     ]
     assert clean.run("id", "-nG", "vmbus").split() == ["vmbus", "kvm"]
+    # Which is where polkitd looks for translations of the texts that it shows.
+    clean.run("test", "-e", "/usr/share/locale/de/LC_MESSAGES/vmbus.mo")
 
 
 def test_an_upgrade_runs_the_new_service_if_the_old_one_ran(
@@ -47,13 +50,17 @@ def test_an_upgrade_runs_the_new_service_if_the_old_one_ran(
 
 
 def test_a_purge_leaves_nothing(clean: Machine, packages: Packages) -> None:
-    """What is removed and purged while its service runs leaves no process and no file."""
+    """A purge while a VM runs, and doesn't end in good order, leaves no trace of either."""
+    clean.write("/etc/vmbus/vmbusd.toml", "stop_timeout = 1.0\n")
     before = files(clean)
     clean.install(packages.current)
-    clean.run("vmbusctl", "list")
+    clean.run("vmbusctl", "create", "--name", "running", *guest("sleep 1000"))
+    clean.run("vmbusctl", "start", "running", deadline=LONG)
+    assert len(clean.processes("vmbus")) >= 2
     assert files(clean) > before
-    clean.run("dpkg", "--purge", "vmbus")
-    assert clean.command("pgrep", "-u", "vmbus").stdout == ""
+    clean.run("dpkg", "--purge", "vmbus", deadline=LONG)
+    assert clean.processes("vmbus") == []
+    assert clean.active_units("vmbus*") == []
     assert BUS not in clean.busctl("list", "--no-legend")
     assert files(clean) - before == set()
 

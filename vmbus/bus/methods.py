@@ -102,7 +102,8 @@ async def _create(call: Call) -> Reply:
 
 async def _stop_all(call: Call) -> Reply:
     (timeout_usec,) = call.args
-    await call.service.registry.stop_all(_seconds(call, timeout_usec))
+    default = call.service.settings.shutdown_timeout
+    await call.service.registry.stop_all(timeout_usec / 1e6 or default)
     return ()
 
 

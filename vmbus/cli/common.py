@@ -83,8 +83,8 @@ def command(**attributes: Any) -> Callable[[Action], click.Command]:
                 raise explain(what, error, user=options.user) from error
             raise Ended(status or 0)
 
-        made: click.Command = click.command(**attributes)(global_options(run))
-        return made
+        make: Callable[[Callable[..., Any]], click.Command] = click.command(**attributes)
+        return make(global_options(run))
 
     return decorate
 

@@ -21,8 +21,8 @@ class Holdings:
 
     @property
     def fleeting(self) -> bool:
-        """Whether something is open that would be lost with the service."""
-        return not self._keep.lasting and any(file.fd >= 0 for file in self._files.values())
+        """Whether something is open. What keeps it over a restart does not over an ordinary end."""
+        return any(file.fd >= 0 for file in self._files.values())
 
     def store(self) -> None:
         """Have the files outlive the service, where there is a place for that."""

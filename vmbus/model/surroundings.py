@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 class Keep(Protocol):
     """Where descriptors outlive the service, if it has such a place: the service manager."""
 
-    @property
-    def lasting(self) -> bool:
-        """Whether there is such a place."""
-
     def store(self, name: str, fd: int) -> None:
         """Keep a copy for the next service, under a name that no other has."""
 
@@ -42,11 +38,6 @@ class Placement(Protocol):
 
 class NoKeep:
     """No place: what is open ends with the service."""
-
-    @property
-    def lasting(self) -> bool:
-        """See Keep.lasting."""
-        return False
 
     def store(self, name: str, fd: int) -> None:
         """See Keep.store."""

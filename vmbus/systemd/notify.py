@@ -43,11 +43,6 @@ class Manager:
         """The one that started us. Its address goes, so that no child speaks in our name."""
         return cls(os.environ.pop("NOTIFY_SOCKET", ""))
 
-    @property
-    def lasting(self) -> bool:
-        """Whether what is stored is kept at all."""
-        return bool(self._address)
-
     def ready(self) -> None:
         """Say that the service is up."""
         self._say("READY=1")
