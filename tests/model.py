@@ -432,6 +432,9 @@ class World:
     def _OpenLog(self, call: Call, vm: VM) -> World:
         return self._answer(call, DONE)
 
+    def _ConnectVsock(self, call: Call, vm: VM) -> World:
+        return self._answer(call, INVALID_ARGS if call.args[0] < 1024 else NOT_SUPPORTED)
+
     def _Suspend(self, call: Call, vm: VM) -> World:
         if not (vm.ran and vm.alive):
             return self._answer(call, INVALID_STATE)

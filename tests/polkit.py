@@ -216,6 +216,8 @@ class Control(Client):
         """The arguments of the first call of this method, past or to come, that are wanted."""
 
         def is_it(message: Message) -> bool:
+            if message.member != "MethodCalled":
+                return False
             name, arguments = plain(message.body)
             return bool(name == member and wanted(arguments))
 

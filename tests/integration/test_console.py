@@ -145,7 +145,7 @@ async def test_flood_at_full_speed_for_ten_seconds_while_five_readers_sleep(
             assert _on_disk(directory) <= LOG
             log = _numbers(await _log(stayer, path))
             assert _contiguous(log)
-            assert log[-1] > seen
+            assert log[-1] >= seen
             seen = log[-1]
         assert statistics.median(during) < 5 * statistics.median(before)
         assert mortal.resident() < memory + 8 * MIB
@@ -183,7 +183,7 @@ async def test_two_readers_get_the_same_bytes(
     mortal: Service, stayer: Client, tmp_path: Path
 ) -> None:
     """Both of all that the guest printed, and so does the log."""
-    text = "".join(f"{number:07}\n" for number in range(30_000))
+    text = "".join(f"{number:07}\n" for number in range(12_000))
     path = await stayer.create(kernel=str(guest(tmp_path, console=text, then={"exit": 0})))
     with await _console(stayer, path) as first, await _console(stayer, path) as second:
         reading = asyncio.gather(_until_end(first), _until_end(second))

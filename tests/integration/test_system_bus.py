@@ -206,10 +206,10 @@ def test_the_service_may_not_run_with_capabilities(
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"won't run with capabilities ({held}); start it without" in line
-    # What the line says helps: then it is but the name that can't be had.
+    # What the line says helps: then it is but the directory that can't be had.
     command = argv.index(sys.executable)
     argv[command:command] = ["setpriv", "--ambient-caps=-all", "--inh-caps=-all"]
-    assert "is owned by another process already" in system_service.rig.command(*argv).stderr
+    assert "can't use the runtime directory" in system_service.rig.command(*argv).stderr
 
 
 def status(pid: int) -> dict[str, str]:

@@ -602,6 +602,7 @@ arguments: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
     "ResizeDisk": st.tuples(
         st.sampled_from([0, 0, 0, 1]), st.sampled_from([4096, 8192, 1 << 20, 8192 + 511])
     ),
+    "ConnectVsock": st.tuples(st.sampled_from([1023, 1024, 1 << 31])),
 }
 
 

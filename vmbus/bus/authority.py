@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -47,6 +48,7 @@ _MAX_TEXT = 200
 #: calls in a flood or by dialogs that stand, would have everybody else denied.
 _QUESTIONS, _QUESTIONS_PER_USER = 48, 8
 _DIALOGS, _DIALOGS_PER_USER = 64, 8
+_LEFT = "the caller has left the bus before polkit had decided"
 
 
 class Access(enum.Enum):
@@ -122,6 +124,7 @@ class Polkit:
         self._questions = asyncio.Semaphore(_QUESTIONS)
         self._questions_of: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self._dialogs: Counter[int] = Counter()
+        self._asking: set[asyncio.Task[tuple[bool, bool]]] = set()
 
     def may_read_at_once(self, sender: str) -> bool:
         """See Authority.may_read_at_once."""
@@ -146,12 +149,11 @@ class Polkit:
         if not request.name:
             details["polkit.message"] = _UNNAMED[request.access]
             details["polkit.gettext_domain"] = _TRANSLATIONS
-        mine = self._questions_of.setdefault(caller.uid, asyncio.Semaphore(_QUESTIONS_PER_USER))
-        async with mine, self._questions:
-            allowed, challenge = await self._ask(request, action, details, interactive=False)
+        place = await self._question(caller.uid)
+        allowed, challenge = await self._ask(request, action, details, place, interactive=False)
         if challenge and request.interactive:
-            with self._dialog(caller.uid):
-                allowed, _ = await self._ask(request, action, details, interactive=True)
+            place = self._dialog(caller.uid)
+            allowed, _ = await self._ask(request, action, details, place, interactive=True)
         if allowed:
             return
         if challenge and not request.interactive:
@@ -160,21 +162,42 @@ class Polkit:
             )
         raise AccessDenied(f"polkit does not allow {action} for {request.verb!r}")
 
-    @contextlib.contextmanager
-    def _dialog(self, uid: int) -> Iterator[None]:
-        """Count a dialog of a user's. Raises LimitExceeded."""
+    async def _question(self, uid: int) -> contextlib.ExitStack:
+        """A place among the questions under way, the user's own and all, to be given back."""
+        mine = self._questions_of.setdefault(uid, asyncio.Semaphore(_QUESTIONS_PER_USER))
+        with contextlib.ExitStack() as place:
+            for semaphore in (mine, self._questions):
+                await semaphore.acquire()
+                place.callback(semaphore.release)
+            return place.pop_all()
+
+    def _dialog(self, uid: int) -> contextlib.ExitStack:
+        """A place among the dialogs, to be given back. Raises LimitExceeded."""
         if self._dialogs[uid] >= _DIALOGS_PER_USER or self._dialogs.total() >= _DIALOGS:
             raise LimitExceeded("there are too many dialogs open; answer some of them first")
         self._dialogs[uid] += 1
-        try:
-            yield
-        finally:
-            self._dialogs -= Counter([uid])
+        place = contextlib.ExitStack()
+        place.callback(self._dialogs.subtract, [uid])
+        return place
 
     async def _ask(
-        self, request: Request, action: str, details: dict[str, str], *, interactive: bool
+        self,
+        request: Request,
+        action: str,
+        details: dict[str, str],
+        place: contextlib.ExitStack,
+        *,
+        interactive: bool,
     ) -> tuple[bool, bool]:
-        """Whether it is allowed, and whether the user could be asked. Raises AccessDenied."""
+        """Whether it is allowed, and whether the user could be asked. Raises AccessDenied.
+
+        place: given back when polkit has answered, even where nobody waits for that any more: for
+        the bus the question is under way until then.
+        """
+        if request.gone.done():
+            # It waited for its place among many, maybe, and nothing is to be asked for it any more.
+            place.close()
+            raise AccessDenied(_LEFT)
         cancellation = f"vmbus-{next(self._numbers)}"
         question = [
             ["system-bus-name", {"name": Variant("s", request.sender)}],
@@ -183,7 +206,9 @@ class Polkit:
             _ALLOW_INTERACTION if interactive else 0,
             cancellation,
         ]
-        asking = asyncio.ensure_future(self._call(question, interactive=interactive))
+        asking = asyncio.create_task(self._call(question, interactive=interactive))
+        self._asking.add(asking)
+        asking.add_done_callback(functools.partial(self._answered, place))
         whichever: list[asyncio.Future[Any]] = [asking, request.gone]
         if request.vm is not None:
             whichever.append(request.vm.forgotten)
@@ -192,12 +217,19 @@ class Polkit:
             if asking.done():
                 return asking.result()
             if request.gone.done():
-                raise AccessDenied("the caller has left the bus before polkit had decided")
+                raise AccessDenied(_LEFT)
             raise UnknownObject(f"the VM {request.name} was removed before polkit had decided")
         finally:
             if not asking.done():
-                asking.cancel()
                 self._cancel(cancellation)
+
+    def _answered(
+        self, place: contextlib.ExitStack, asking: asyncio.Task[tuple[bool, bool]]
+    ) -> None:
+        self._asking.discard(asking)
+        place.close()
+        if not asking.cancelled():
+            asking.exception()  # where nobody waits any more, nobody else looks at it
 
     async def _call(self, question: Sequence[Any], *, interactive: bool) -> tuple[bool, bool]:
         try:

@@ -122,6 +122,7 @@ class Store:
             shutil.rmtree(self._directory)
             self._directory.mkdir(mode=0o700)
             found = None
+        (self._directory / "counters.new").unlink(missing_ok=True)
         records = sorted(self._records(), key=lambda record: record.id)
         self.counters = (found or self.counters).model_copy(
             update={
