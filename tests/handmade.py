@@ -197,7 +197,11 @@ class FakeBus:
     async def begin(self) -> None:
         """Let a service in, and have it own its name, as far as it asks by itself."""
         await self.accept()
-        answers = {"AddMatch": ("", []), "RequestName": ("u", [1]), "GetId": ("s", ["0" * 32])}
+        answers: dict[str, tuple[str, list[Any]]] = {
+            "AddMatch": ("", []),
+            "RequestName": ("u", [1]),
+            "GetId": ("s", ["0" * 32]),
+        }
         while (call := await self._call()).member in answers:
             await self._reply(call, *answers[call.member])
         # The last it wants to know is whether there is a systemd on the bus, and there is none.
