@@ -197,7 +197,7 @@ class FakeBus:
     async def begin(self) -> None:
         """Let a service in, and have it own its name, as far as it asks by itself."""
         await self.accept()
-        answers: dict[str | None, tuple[str, list[Any]]] = {
+        answers: dict[str, tuple[str, list[Any]]] = {
             "AddMatch": ("", []),
             "RequestName": ("u", [1]),
             "GetId": ("s", ["0" * 32]),

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import click
 
+# Or pydantic would look through every package that is installed for plugins of its own.
+os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
+
 from . import __version__
 from .privilege import Privileged, check_unprivileged, gain_none
 from .serve import Failure, serve

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import io
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -362,23 +361,23 @@ class Services:
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """From now on there is no space left for files of that name, nor to give one that name."""
-    really_open = io.open
+    really_open = os.open
 
-    def full_open(file: Any, *args: Any, **options: Any) -> Any:
-        opened = really_open(file, *args, **options)
-        if opened.writable() and Path(os.fspath(file)).name == name:
-            opened.close()
+    def full_open(file: Any, flags: int, *args: Any, **options: Any) -> int:
+        opened = really_open(file, flags, *args, **options)
+        if flags & (os.O_WRONLY | os.O_RDWR) and os.path.basename(file) == name:
+            os.close(opened)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return opened
 
-    def full(really: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-        def name_it(source: Path, target: Path) -> None:
-            if target.name == name:
+    def full(really: Callable[[str, str], None]) -> Callable[[str, str], None]:
+        def name_it(source: str, target: str) -> None:
+            if os.path.basename(target) == name:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             really(source, target)
 
         return name_it
 
-    monkeypatch.setattr("io.open", full_open)
+    monkeypatch.setattr(os, "open", full_open)
     for verb in ("replace", "rename", "link"):
         monkeypatch.setattr(os, verb, full(getattr(os, verb)))

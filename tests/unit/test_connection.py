@@ -14,7 +14,7 @@ import pytest
 from tests import frames
 from tests.rig import DEADLINE, refused
 from vmbus.bus.connection import Connection, RemoteError
-from vmbus.bus.layout import MAX_MESSAGE, check, header_fields
+from vmbus.bus.layout import MAX_MESSAGE, header_fields, read
 from vmbus.bus.wire import Kind, Message, WireError
 
 pytestmark = pytest.mark.usefixtures("files_closed")
@@ -41,7 +41,7 @@ class Bus:
         """The header fields of what the connection sent last."""
         async with asyncio.timeout(DEADLINE):
             data = await asyncio.get_running_loop().sock_recv(self.sock, 65536)
-        check(data)
+        read(data)
         return header_fields(data)
 
     async def until_handled(self) -> None:

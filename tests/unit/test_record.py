@@ -469,8 +469,8 @@ def test_service_that_ends_between_two_steps_of_writing_has_written_it_or_not(
 def _copying(copies: Path, directory: Path, really_replace: Any) -> Any:
     """Keeps how the directory looked before each step."""
 
-    def replace(source: Path, target: Path) -> None:
-        shutil.copytree(directory, copies / target.name)
+    def replace(source: str, target: str) -> None:
+        shutil.copytree(directory, copies / Path(target).name)
         really_replace(source, target)
 
     return replace

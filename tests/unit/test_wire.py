@@ -135,6 +135,120 @@ def test_bodies_are_marshalled_as_the_specification_has_it(
     assert wire.encode_body(signature, dressed(wire, body)) == frames.body_of(signature, body)
 
 
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9)
+PATHS = st.lists(st.from_regex("[A-Za-z0-9_]+", fullmatch=True), max_size=3).map(
+    lambda parts: "/" + "/".join(parts)
+)
+#: A complete type, and values of it.
+Typed = tuple[str, st.SearchStrategy[Any]]
+NUMBERS: dict[str, st.SearchStrategy[Any]] = {
+    "y": st.integers(0, 255),
+    "n": st.integers(-(1 << 15), (1 << 15) - 1),
+    "q": st.integers(0, (1 << 16) - 1),
+    "i": st.integers(-(1 << 31), (1 << 31) - 1),
+    "u": st.integers(0, (1 << 32) - 1),
+    "h": st.integers(0, (1 << 32) - 1),
+    "x": st.integers(-(1 << 63), (1 << 63) - 1),
+    "t": st.integers(0, (1 << 64) - 1),
+    "d": st.floats(allow_nan=False),
+}
+BASIC = NUMBERS | {
+    "b": st.booleans(),
+    "s": TEXTS,
+    "o": PATHS,
+    "g": st.sampled_from(["", "s", "a{sv}"]),
+}
+
+
+def containers(inner: st.SearchStrategy[Typed]) -> st.SearchStrategy[Typed]:
+    """Types with these within."""
+
+    def array(kind: Typed) -> Typed:
+        values = st.binary(max_size=5) if kind[0] == "y" else st.lists(kind[1], max_size=3)
+        return f"a{kind[0]}", values
+
+    def mapping(kinds: tuple[Typed, Typed]) -> Typed:
+        (key, keys), (value, values) = kinds
+        return f"a{{{key}{value}}}", st.dictionaries(keys, values, max_size=3)
+
+    def struct(kinds: list[Typed]) -> Typed:
+        members = st.tuples(*(values for _, values in kinds)).map(list)
+        return f"({''.join(kind for kind, _ in kinds)})", members
+
+    def variant(kind: Typed) -> Typed:
+        return "v", kind[1].map(lambda value: Var(kind[0], value))
+
+    return st.one_of(
+        inner.map(array),
+        st.tuples(st.sampled_from(sorted(BASIC.items())), inner).map(mapping),
+        st.lists(inner, min_size=1, max_size=3).map(struct),
+        inner.map(variant),
+    )
+
+
+ANY_TYPE: st.SearchStrategy[Typed] = st.recursive(
+    st.sampled_from(sorted(BASIC.items())), containers, max_leaves=6
+)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[str, list[Any]]:
+    """Any values, and their signature."""
+    kinds = draw(st.lists(ANY_TYPE, max_size=4))
+    return "".join(kind for kind, _ in kinds), [draw(values) for _, values in kinds]
+
+
+def by_the_library(wire: Any, message: Any) -> bytes:
+    """A message as the library itself encodes it."""
+    fields = {name: getattr(message, name) for name in message.__dataclass_fields__}
+    kind, flags = fields.pop("kind"), fields.pop("flags")
+    fields["unix_fds"] = list(fields.pop("fds"))
+    del fields["sender"]
+    whole = wire._lib.Message(
+        message_type=wire._lib.MessageType(int(kind)), flags=wire._lib.MessageFlag(flags), **fields
+    )
+    return bytes(whole._marshall(negotiate_unix_fd=True))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@settings(max_examples=300, deadline=None, database=None)
+@given(
+    body=bodies(),
+    fields=st.sampled_from(HEADERS),
+    fds=st.lists(st.just(0), max_size=2),
+    serial=st.integers(1, (1 << 32) - 1),
+)
+def test_what_is_sent_is_byte_for_byte_what_the_library_would_send(
+    library: str, body: tuple[str, list[Any]], fields: dict[str, Any], fds: list[int], serial: int
+) -> None:
+    wire = load(library)
+    signature, values = body
+    message = wire.Message(
+        signature=signature, body=dressed(wire, values), fds=fds, serial=serial, **fields
+    )
+    assert wire.encode(message) == by_the_library(wire, message)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    body=st.lists(st.sampled_from(sorted((NUMBERS | {"s": TEXTS, "o": PATHS}).items()))).flatmap(
+        lambda kinds: st.tuples(
+            st.just("".join(kind for kind, _ in kinds)),
+            st.tuples(*(values for _, values in kinds)).map(list),
+        )
+    ),
+    order=st.sampled_from(frames.ORDERS),
+)
+def test_numbers_and_texts_are_read_as_the_library_reads_them(
+    library: str, body: tuple[str, list[Any]], order: str
+) -> None:
+    wire = load(library)
+    signature, values = body
+    data = frames.call("/a", "a.b", "M", signature, values, sender=":1.9", serial=7, order=order)
+    assert wire.decode(data).body == values == wire._containers(data)
+
+
 @both_orders
 def test_flags_from_the_future_are_ignored(wire: Any, order: str) -> None:
     got = wire.decode(frames.call("/a", "a.b", "M", flags=0xF9, order=order))

@@ -18,7 +18,9 @@ MAX_MESSAGE = 32 * 1024 * 1024
 #: Largest array, as D-Bus has it, and so the largest header.
 MAX_ARRAY = 64 * 1024 * 1024
 FIXED_HEADER = 16
+PATH, INTERFACE, MEMBER, ERROR_NAME = 1, 2, 3, 4
 REPLY_SERIAL = 5
+DESTINATION = 6
 SENDER = 7
 SIGNATURE = 8
 UNIX_FDS = 9
@@ -31,14 +33,18 @@ _MAX_NAME = 255
 #: tens, and each byte may cost a library three hundred that it doesn't give back.
 _MAX_VARIETY = 1024
 
-_SIZES = {"y": 1, "n": 2, "q": 2, "b": 4, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
+#: Numbers, as the module struct calls them.
+NUMBERS = {"y": "B", "n": "h", "q": "H", "i": "i", "u": "I", "h": "I", "x": "q", "t": "Q", "d": "d"}
+_SIZES = {"b": 4, **{letter: struct.calcsize(code) for letter, code in NUMBERS.items()}}
+_PLAIN = frozenset((*NUMBERS, "s", "o"))
 _BASIC = frozenset((*_SIZES, "s", "o", "g"))
-_HEADER_TYPES = " osssussgu"
+#: The types of the header's fields, by their codes.
+HEADER_TYPES = " osssussgu"
 #: What a message of each kind must have: path, interface, member, error name, reply serial.
-_REQUIRED = {1: {1, 3}, 2: {5}, 3: {4, 5}, 4: {1, 2, 3}}
+REQUIRED = {1: {1, 3}, 2: {5}, 3: {4, 5}, 4: {1, 2, 3}}
 #: A complete type: its letter, and for a container the types within.
-_Type = tuple[str, tuple[Any, ...]]
-_SIMPLE: dict[str, _Type] = {letter: (letter, ()) for letter in (*_BASIC, "v")}
+Type = tuple[str, tuple[Any, ...]]
+_SIMPLE: dict[str, Type] = {letter: (letter, ()) for letter in (*_BASIC, "v")}
 
 
 class LayoutError(ValueError):
@@ -81,7 +87,7 @@ class _Walker:
     def signature(self) -> str:
         return self.text(self.data[self.skip(1)])
 
-    def variant(self) -> _Type:
+    def variant(self) -> Type:
         """Step over a variant's signature, of one complete type, and give that."""
         signature = self.signature()
         if signature not in self._variety:
@@ -89,12 +95,12 @@ class _Walker:
             self._room -= len(signature)
             if self._room < 0:
                 raise LayoutError("variants of too many types")
-        kinds = _types_of(signature)
+        kinds = types_of(signature)
         if len(kinds) != 1:
             raise LayoutError("a variant that is not of one type")
         return kinds[0]
 
-    def value(self, kind: _Type, depth: int = 0) -> None:
+    def value(self, kind: Type, depth: int = 0) -> None:
         """Step over one value."""
         letter, inner = kind
         size = _SIZES.get(letter)
@@ -104,7 +110,7 @@ class _Walker:
         elif letter in "so":
             self.skip(self.number() + 1)
         elif letter == "g":
-            _types_of(self.signature())
+            types_of(self.signature())
         elif depth == _MAX_DEPTH:
             raise LayoutError("containers stand too deep in each other")
         elif letter == "v":
@@ -116,7 +122,18 @@ class _Walker:
             for each in inner:
                 self.value(each, depth + 1)
 
-    def _array(self, element: _Type, depth: int) -> None:
+    def plain(self, letter: str) -> Any:
+        """Step over one number or text, and give it. Raises UnicodeDecodeError, too."""
+        code = NUMBERS.get(letter)
+        if code is None:
+            size = self.number()
+            start = self.skip(size + 1)
+            return str(self.data[start : start + size], "utf-8")
+        size = _SIZES[letter]
+        self.align(size)
+        return struct.unpack_from(self.order + code, self.data, self.skip(size))[0]
+
+    def _array(self, element: Type, depth: int) -> None:
         length = self.number()
         size = _SIZES.get(element[0])
         self.align(8 if element[0] in "({" else size or 1)
@@ -139,9 +156,9 @@ class _Walker:
             kind = self.variant()
             start = self.at
             self.value(kind)
-            if 0 < code < len(_HEADER_TYPES):
+            if 0 < code < len(HEADER_TYPES):
                 after, self.at = self.at, start
-                yield code, self._field(kind[0], _HEADER_TYPES[code])
+                yield code, self._field(kind[0], HEADER_TYPES[code])
                 self.at = after
         if self.at != end:
             raise LayoutError("a header that ends within a field")
@@ -190,26 +207,37 @@ def long_text(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def check(data: bytes) -> None:
-    """Walk one whole message. Raises LayoutError unless everything is where it should be."""
+def read(data: bytes) -> tuple[dict[int, Any], list[Any] | None]:
+    """Walk one whole message. Raises LayoutError unless everything is where it should be.
+
+    Returns its header fields as `header_fields` does, and its values, where all are plain: numbers
+    and texts; None where not. Raises UnicodeDecodeError for one of these that is no text.
+    """
     walker = _Walker(data)
     walker.at = 4
     body = walker.number()
-    fields = dict(walker.header())
-    required = _REQUIRED.get(data[1])
+    fields: dict[int, Any] = {0: walker.number()}
+    fields.update(walker.header())
+    required = REQUIRED.get(data[1])
     if required is None or not required <= fields.keys():
         raise LayoutError("a header field is missing, or the kind of message is not known")
     walker.align(8)
     if walker.at + body != len(data):
         raise LayoutError("not as long as it says")
-    for kind in _types_of(fields.get(SIGNATURE, "")):
-        walker.value(kind)
+    kinds = types_of(fields.get(SIGNATURE, ""))
+    values: list[Any] | None = None
+    if all(letter in _PLAIN for letter, _ in kinds):
+        values = [walker.plain(letter) for letter, _ in kinds]
+    else:
+        for kind in kinds:
+            walker.value(kind)
     if walker.at != len(data):
         raise LayoutError("a body that is longer than its signature")
+    return fields, values
 
 
 @functools.lru_cache(maxsize=256)
-def _types_of(signature: str) -> tuple[_Type, ...]:
+def types_of(signature: str) -> tuple[Type, ...]:
     """The complete types of a signature. Raises LayoutError."""
     if len(signature) > _MAX_SIGNATURE:
         raise LayoutError("a signature that is too long")
@@ -217,7 +245,7 @@ def _types_of(signature: str) -> tuple[_Type, ...]:
     return tuple(_type(letter, letters, 0) for letter in letters)
 
 
-def _type(letter: str, rest: Iterator[str], depth: int) -> _Type:
+def _type(letter: str, rest: Iterator[str], depth: int) -> Type:
     if letter in _SIMPLE:
         return _SIMPLE[letter]
     if depth == _MAX_DEPTH:
@@ -234,7 +262,7 @@ def _type(letter: str, rest: Iterator[str], depth: int) -> _Type:
     raise LayoutError("a signature that is not valid")
 
 
-def _entry(rest: Iterator[str], depth: int) -> tuple[_Type, ...]:
+def _entry(rest: Iterator[str], depth: int) -> tuple[Type, ...]:
     key, value = next(rest, ""), _type(next(rest, ""), rest, depth)
     if key not in _BASIC or next(rest, "") != "}":
         raise LayoutError("a dict of something else than a basic type to one type")

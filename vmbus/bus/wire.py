@@ -1,4 +1,4 @@
-"""The D-Bus library, reduced to what vmbus takes from it: a codec and the way onto a bus.
+"""The D-Bus library, reduced to what vmbus takes from it: the way onto a bus, and values' reading.
 
 This is the only module that imports dbus-next (or dbus-fast, which has the same interface and is
 used where it is installed). Everything above it sees `Message` and `Variant` alone.
@@ -13,13 +13,12 @@ import importlib.util
 import io
 import os
 import socket
-import struct
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import layout
+from . import layout, marshal
 from .layout import MAX_MESSAGE
 
 #: How long connecting, authenticating and Hello may take together, in seconds.
@@ -120,94 +119,73 @@ class Message:
 def decode(frame: bytes) -> Message:
     """Decode one whole message, without its descriptors. Raises WireError."""
     try:
-        layout.check(frame)
-        _trim_signatures()
-        raw = _unmarshaller.Unmarshaller(io.BytesIO(frame)).unmarshall()
+        fields, body = layout.read(frame)
+        if body is None:
+            body = _containers(frame)
     except Exception as error:
         raise WireError(f"{type(error).__name__}: {error}") from error
+    return Message(
+        kind=Kind(frame[1]),
+        destination=fields.get(layout.DESTINATION),
+        path=fields.get(layout.PATH),
+        interface=fields.get(layout.INTERFACE),
+        member=fields.get(layout.MEMBER),
+        signature=fields.get(layout.SIGNATURE, ""),
+        body=body,
+        flags=frame[2],
+        error_name=fields.get(layout.ERROR_NAME),
+        reply_serial=fields.get(layout.REPLY_SERIAL),
+        sender=fields.get(layout.SENDER),
+        serial=fields[0],
+    )
+
+
+def _containers(frame: bytes) -> list[Any]:
+    """The values of a message of which some are more than numbers and texts.
+
+    Only these are worth the time that the library takes, which looks at all of the header again.
+    """
+    _trim_signatures()
+    raw = _unmarshaller.Unmarshaller(io.BytesIO(frame)).unmarshall()
     if raw is None:
         raise WireError("the message is shorter than it says")
-    return Message(
-        kind=Kind(raw.message_type.value),
-        destination=raw.destination,
-        path=raw.path,
-        interface=raw.interface,
-        member=raw.member,
-        signature=raw.signature,
-        body=raw.body,
-        flags=int(raw.flags.value),
-        error_name=raw.error_name,
-        reply_serial=raw.reply_serial,
-        sender=raw.sender,
-        serial=raw.serial,
-    )
+    return list(raw.body)
 
 
 def encode(message: Message) -> bytes:
     """Encode a message. Raises WireError for what a bus would disconnect us for."""
-    _check_text(message.body)
-    try:
-        raw = _library_message(message)
-        raw.signature_tree.verify(raw.body)
-        data = bytes(raw._marshall(negotiate_unix_fd=True))
-    except Exception as error:
-        raise WireError(f"{type(error).__name__}: {error}") from error
-    return _checked_size(data)
+    return encode_with_body(message, encode_body(message.signature, message.body))
 
 
 def encode_with_body(message: Message, body: bytes) -> bytes:
-    """Encode a message whose body is marshalled already; its own body gives the types only."""
-    data = encode(message)
-    (old_size,) = struct.unpack_from("<I", data, 4)
-    head = bytearray(data[: len(data) - old_size])
-    struct.pack_into("<I", head, 4, len(body))
-    return _checked_size(bytes(head) + body)
+    """Encode a message whose body is marshalled already. Raises WireError."""
+    fields = (
+        (layout.PATH, message.path),
+        (layout.INTERFACE, message.interface),
+        (layout.MEMBER, message.member),
+        (layout.ERROR_NAME, message.error_name),
+        (layout.REPLY_SERIAL, message.reply_serial),
+        (layout.DESTINATION, message.destination),
+        (layout.SIGNATURE, message.signature or None),
+        (layout.UNIX_FDS, len(message.fds) or None),
+    )
+    known = [(code, value) for code, value in fields if value is not None]
+    try:
+        head = marshal.header(message.kind, message.flags, message.serial, len(body), known)
+    except Exception as error:
+        raise WireError(f"{type(error).__name__}: {error}") from error
+    if len(head) + len(body) > MAX_MESSAGE:
+        size = len(head) + len(body)
+        raise WireError(f"a message of {size} bytes is larger than {MAX_MESSAGE}")
+    return head + body
 
 
 def encode_body(signature: str, body: Sequence[Any]) -> bytes:
-    """Marshal values as they would stand in a message of that signature. Raises WireError."""
-    message = Message(kind=Kind.RETURN, reply_serial=1, signature=signature, body=body, serial=1)
-    data = encode(message)
-    (size,) = struct.unpack_from("<I", data, 4)
-    return data[len(data) - size :]
-
-
-def _library_message(message: Message) -> Any:
-    return _lib.Message(
-        destination=message.destination,
-        path=message.path,
-        interface=message.interface,
-        member=message.member,
-        message_type=_lib.MessageType(int(message.kind)),
-        flags=_lib.MessageFlag(message.flags),
-        error_name=message.error_name,
-        reply_serial=message.reply_serial,
-        unix_fds=list(message.fds),
-        signature=message.signature,
-        body=list(message.body),
-        serial=message.serial,
-    )
-
-
-def _checked_size(data: bytes) -> bytes:
-    if len(data) > MAX_MESSAGE:
-        raise WireError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE}")
-    return data
-
-
-def _check_text(value: Any) -> None:
-    if isinstance(value, str):
-        if "\0" in value:
-            raise WireError("a string with a NUL in it")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key)
-            _check_text(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_text(item)
-    elif isinstance(value, Variant):
-        _check_text(value.value)
+    """Marshal values as they stand in a message of that signature. Raises WireError."""
+    try:
+        return marshal.body(signature, body)
+    except Exception as error:
+        raise WireError(f"{type(error).__name__}: {error}") from error
 
 
 class _Bus(_aio.MessageBus):  # type: ignore[misc]

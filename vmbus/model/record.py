@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RECORD, _OLDER, _NEWER = "record.json", "record.old", "record.new"
 _TOLD = "told"
-_COUNTERS = "counters.json"
+_COUNTERS, _NEWER_COUNTERS = "counters.json", "counters.new"
 
 
 class Record(BaseModel):
@@ -136,7 +136,9 @@ class Store:
         """Remember how far ids and CIDs have got, or on which bus we are."""
         counters = self.counters.model_copy(update=changes)
         if counters != self.counters:
-            _replace(self._directory / _COUNTERS, counters.model_dump_json())
+            newer = f"{self._directory}/{_NEWER_COUNTERS}"
+            _write(newer, counters.model_dump_json())
+            os.replace(newer, f"{self._directory}/{_COUNTERS}")
             self.counters = counters
 
     def directory_of(self, id: int) -> Path:
@@ -144,12 +146,13 @@ class Store:
 
     def save(self, record: Record) -> None:
         """Write a VM down."""
-        directory = self.directory_of(record.id)
-        (directory / _NEWER).write_text(record.model_dump_json())
-        (directory / _OLDER).unlink(missing_ok=True)
+        directory = f"{self._directory}/{record.id}/"
+        _write(directory + _NEWER, record.model_dump_json())
         with contextlib.suppress(FileNotFoundError):
-            os.link(directory / _RECORD, directory / _OLDER)
-        os.replace(directory / _NEWER, directory / _RECORD)
+            os.unlink(directory + _OLDER)
+        with contextlib.suppress(FileNotFoundError):
+            os.link(directory + _RECORD, directory + _OLDER)
+        os.replace(directory + _NEWER, directory + _RECORD)
 
     def told(self, id: int) -> None:
         """Remember that everybody knows of a VM's death: the shortest way there is to do so."""
@@ -224,7 +227,12 @@ def _in_one_line(error: Exception) -> str:
     return str(error).replace("\n", " ")
 
 
-def _replace(path: Path, text: str) -> None:
-    newer = path.with_suffix(".new")
-    newer.write_text(text)
-    os.replace(newer, path)
+def _write(path: str, text: str) -> None:
+    """Write a file whole. Each change of each VM is, so this is the shortest way to do it."""
+    data = text.encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+    finally:
+        os.close(file)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import pidfd as processes
+from .readers import readers
 
 #: How much of a VMM's stderr is kept, in bytes: its end.
 _TAIL = 8 * 1024
@@ -29,19 +30,23 @@ class Process:
     """
 
     def __init__(self, pid: int, started: int, pidfd: int, stderr: int, gate: int = -1) -> None:
-        self._loop = asyncio.get_running_loop()
         # Good only until `exited`: the kernel gives the number to others after that.
         self.pid = pid
         #: When it began, in clock ticks since boot.
         self.started = started
         self.pidfd = pidfd
-        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._stderr = stderr
         self._gate = gate
         self._tail = b""
-        if stderr >= 0:
-            self._loop.add_reader(stderr, self._read_stderr)
-        self._loop.add_reader(pidfd, self._reap)
+        self._readers = readers()
+        try:
+            self._readers.add(pidfd, self._reap)
+            if stderr >= 0:
+                self._readers.add(stderr, self._read_stderr)
+        except OSError:
+            self._readers.remove(pidfd)
+            raise
 
     @classmethod
     def spawn(cls, argv: Sequence[str], fds: Sequence[int], stderr: Path | None = None) -> Process:
@@ -134,7 +139,7 @@ class Process:
         """Watch it no more; it goes on, unless it waits to be released."""
         if not self.exited.done():
             self.exited.cancel()
-            self._loop.remove_reader(self.pidfd)
+            self._readers.remove(self.pidfd)
             os.close(self.pidfd)
             self._close_stderr()
             self._close_gate()
@@ -154,7 +159,7 @@ class Process:
 
     def _close_stderr(self) -> None:
         if self._stderr >= 0:
-            self._loop.remove_reader(self._stderr)
+            self._readers.remove(self._stderr)
             os.close(self._stderr)
             self._stderr = -1
 
@@ -164,7 +169,7 @@ class Process:
             self._gate = -1
 
     def _reap(self) -> None:
-        self._loop.remove_reader(self.pidfd)
+        self._readers.remove(self.pidfd)
         processes.kill_group(self.pidfd, self.pid)
         status = processes.status(self.pidfd, self.pid, self.started)
         os.close(self.pidfd)
