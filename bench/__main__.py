@@ -96,7 +96,8 @@ def _draw(into: Path, results: list[Result], curves: dict[str, Curve]) -> None:
     # Not before: it would make each process that is forked meanwhile larger.
     from bench import pictures
 
-    pictures.draw_results(into / "benchmark.svg", results)
+    if results:
+        pictures.draw_results(into / "benchmark.svg", results)
     if curves:
         pictures.draw_curves(into / "benchmark-growth.svg", curves)
 

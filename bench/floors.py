@@ -13,7 +13,6 @@ from pathlib import Path
 
 from bench.stage import GUEST
 from vmbus.files import OpenFile
-from vmbus.guest.console import INPUT, OUTPUT
 from vmbus.spec import VMConfig
 from vmbus.vmm.base import CONTROL_SOCKET, Command, Launch
 from vmbus.vmm.qemu import Qemu
@@ -29,13 +28,12 @@ def spawn_and_kill(params: str) -> tuple[float, float]:
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        for fifo in (INPUT, OUTPUT):
-            os.mkfifo(directory / fifo)
         config = VMConfig.model_construct(
             kernel=_open(GUEST / "vmlinuz"), initrd=_open(GUEST / "initrd"), params=params
         )
         launch = Launch("floor", 3, config, directory, False, False, 10.0)
         command = Qemu(shutil.which("qemu-system-x86_64") or "").prepare(launch)
+        _make_fifos(command.argv)
         before = time.perf_counter()
         pid = _spawn(command)
         command.close()
@@ -48,6 +46,15 @@ def spawn_and_kill(params: str) -> tuple[float, float]:
 
 def _open(path: Path) -> OpenFile:
     return OpenFile(os.open(path, os.O_RDONLY), str(path), writable=False, size=path.stat().st_size)
+
+
+def _make_fifos(argv: list[str]) -> None:
+    """Make what QEMU opens both ends of; nobody else has to."""
+    for argument in argv:
+        if argument.startswith("pipe,"):
+            path = argument.partition(",path=")[2]
+            os.mkfifo(f"{path}.in")
+            os.mkfifo(f"{path}.out")
 
 
 def _spawn(command: Command) -> int:
