@@ -28,7 +28,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 test: ready guest user
 	@[ -z "$(SUDO)" ] || echo "==> the tests act as several users and make taps, which needs root"
-	$(SUDO) .venv/bin/pytest
+	$(SUDO) .venv/bin/pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # The peer is installed, and both run on a bus of their own; what was found goes into docs/.
 bench: guest user

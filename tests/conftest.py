@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import polkit
 from tests.rig import CROSVM, ROOT, Client, Rig, Service, client
 
 # Wherever the tests are run from.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / "build" / "hypothesis"))
+# How fast a busy machine makes examples says nothing of what they are to show.
+settings.register_profile("vmbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vmbus")
 LIBRARIES = ("dbus_next", "dbus_fast")
 
 

@@ -484,6 +484,7 @@ async def test_a_service_that_ends_answers_who_waits_and_leaves_its_vms(tmp_path
             paths = [await _running(caller, kernel) for kernel in (guest(tmp_path), deaf)]
             pids = [await caller.get(path, "Pid") for path in paths]
             waits = [asyncio.create_task(caller.vm(path, "Wait")) for path in paths]
+            await caller.get(paths[0], "State")  # and so after the waits
             assert await asyncio.to_thread(ending.terminate) == 0
             for wait in waits:
                 async with refused(STANDARD_ERROR + "Failed") as text:

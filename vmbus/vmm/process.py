@@ -16,6 +16,8 @@ from .readers import readers
 
 #: How much of a VMM's stderr is kept, in bytes: its end.
 _TAIL = 8 * 1024
+#: Seconds between two reads of what it prints.
+_PAUSE = 0.01
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 #: Python ignores these, and what is ignored stays so in a child.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -40,10 +42,11 @@ class Process:
         self._gate = gate
         self._tail = b""
         self._readers = readers()
+        self._pause: asyncio.TimerHandle | None = None
         try:
             self._readers.add(pidfd, self._reap)
             if stderr >= 0:
-                self._readers.add(stderr, self._read_stderr)
+                self._readers.add(stderr, self._on_stderr)
         except OSError:
             self._readers.remove(pidfd)
             raise
@@ -144,6 +147,16 @@ class Process:
             self._close_stderr()
             self._close_gate()
 
+    def _on_stderr(self) -> None:
+        """Read some, then let some gather: a VMM that prints without end costs little, too."""
+        if self._read_stderr():
+            self._readers.remove(self._stderr)
+            self._pause = asyncio.get_running_loop().call_later(_PAUSE, self._listen)
+
+    def _listen(self) -> None:
+        self._pause = None
+        self._readers.add(self._stderr, self._on_stderr)
+
     def _read_stderr(self) -> bool:
         try:
             data = os.read(self._stderr, 64 * 1024)
@@ -158,6 +171,9 @@ class Process:
         return True
 
     def _close_stderr(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         if self._stderr >= 0:
             self._readers.remove(self._stderr)
             os.close(self._stderr)
