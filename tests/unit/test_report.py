@@ -63,9 +63,11 @@ def test_status_is_one_line_of_bounded_length() -> None:
 
 
 def test_several_lines_at_once() -> None:
-    """The last text counts, the first exit status, and the furthest that the payload has got."""
+    """The last text counts, the first exit status, and each step that the payload has got to."""
     said = b"READY=1\nSTATUS=a\nEXIT_STATUS=4\nSTATUS=b\nEXIT_STATUS=5\nREADY=1\n"
-    assert Decoder().feed(said) == Report(Payload.FINISHED, exit_status=4, status="b")
+    assert Decoder().feed(said) == Report(
+        Payload.FINISHED, exit_status=4, status="b", passed=(Payload.READY,)
+    )
 
 
 def test_last_line_needs_no_end_of_its_own() -> None:

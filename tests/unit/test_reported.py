@@ -67,6 +67,20 @@ async def test_payload_goes_forward_only(make: Make, observer: Recorder) -> None
     assert observer.told == ["changed payload"] * 3
 
 
+async def test_steps_that_are_reported_at_once_are_told_one_by_one(
+    make: Make, observer: Recorder
+) -> None:
+    """A guest that is ready and done in one breath was ready all the same."""
+    vm = make()
+    await vm.start()
+    observer.told.clear()
+    seen: list[str] = []
+    observer.look = lambda vm: seen.append(vm.payload)
+    vm.reported(Report(Payload.FINISHED, passed=(Payload.STARTED, Payload.READY)))
+    vm.reported(Report(Payload.FINISHED, passed=(Payload.READY,)))
+    assert seen == ["started", "ready", "finished"]
+
+
 async def test_guest_that_is_quicker_than_its_vmm(make: Make, observer: Recorder) -> None:
     """What it said before the VMM answered holds when that does."""
     driver = FakeDriver()

@@ -39,13 +39,15 @@ class Payload(enum.StrEnum):
 class Report:
     """What a guest said at once; None where it said nothing of that.
 
-    error: an errno of the guest's, in words.
+    passed: how far it said to be before it said to be as far as `payload`. error: an errno of the
+    guest's, in words.
     """
 
     payload: Payload = Payload.NONE
     exit_status: int | None = None
     status: str | None = None
     error: str | None = None
+    passed: tuple[Payload, ...] = ()
 
 
 class Decoder:
@@ -72,11 +74,13 @@ class Decoder:
 
 def _report(lines: Iterable[bytes]) -> Report:
     payload, exit_status, status, error = Payload.NONE, None, None, None
+    passed: list[Payload] = []
     for line in lines:
         if len(line) > MAX_LINE:
             continue
         # What comes by way of a terminal has carriage returns.
         key, _, value = line.removesuffix(b"\r").partition(b"=")
+        before = payload
         match key:
             case b"STATUS":
                 status = clean(value.decode("utf-8", "replace"))
@@ -90,7 +94,9 @@ def _report(lines: Iterable[bytes]) -> Report:
                 error = f"error {number}: {os.strerror(number)}" if number else error
             case _:
                 payload = payload.then(_SAYS.get((key, value), Payload.NONE))
-    return Report(payload, exit_status, status, error)
+        if payload is not before is not Payload.NONE:
+            passed.append(before)
+    return Report(payload, exit_status, status, error, tuple(passed))
 
 
 _SAYS = {

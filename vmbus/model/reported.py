@@ -31,6 +31,10 @@ class Reported(Ledger):
             # It has no words of its own for that.
             self._text = report.error
         values: dict[str, Any] = {}
+        for passed in report.passed:
+            # Each is told, however quickly the next one came.
+            if self.payload.then(passed) is not self.payload:
+                self._change(payload=passed)
         payload = self.payload.then(report.payload)
         if payload is not self.payload:
             values["payload"] = payload
