@@ -529,6 +529,7 @@ async def test_random_moments_are_good_ones_too(
 ) -> None:
     """Several VMs at once, each at another point of its life, and a service killed at any time."""
     chance = random.Random(part)
+    twice: Counter[str] = Counter()
     kernels = [guest(tmp_path, **LIVES[how]) for how in LIVES]
     for _ in range(int(os.environ.get("VMBUS_CRASHES", "15"))):
         listener.signals.clear()
@@ -545,11 +546,27 @@ async def test_random_moments_are_good_ones_too(
                 await life
             except RemoteError as error:
                 assert error.name in GONE, error
+        unsure = await _told_but_not_noted(listener, mortal)
         mortal.start()
         await _settle(listener, mortal)
         deaths = _deaths(listener)
         assert set(deaths) == _attempted(listener)
-        assert set(deaths.values()) <= {1}
+        again = deaths - Counter(set(deaths))
+        assert set(again) <= unsure
+        twice += again
+    # Microseconds, of which a quarter of a second has many.
+    assert twice.total() <= 1
+
+
+async def _told_but_not_noted(bus: Client, service: Service) -> set[str]:
+    """VMs whose Died the bus has had, though the service was killed before it could note that."""
+    await bus.connection.call_bus("GetId", "", [])  # and so after all that it has had
+    directory = service.runtime / "vm"
+    return {
+        path
+        for path in _deaths(bus)
+        if (own := directory / path.rpartition("/")[2]).exists() and not (own / "told").exists()
+    }
 
 
 async def test_vms_that_are_being_started_get_under_way_before_the_service_ends(

@@ -378,6 +378,9 @@ async def test_kill_while_files_are_made_ready(
     driver.may_go_on.set()
     assert await _refused(starting) == "fake: ended before it was started"
     assert observer.told == [STARTING, UNBORN, f"died killed {KILL}"]
+    left_behind = asyncio.all_tasks() - {asyncio.current_task()}
+    if left_behind:
+        await asyncio.wait(left_behind, timeout=DEADLINE)
 
 
 @pytest.mark.parametrize(
