@@ -85,6 +85,9 @@ class Machine:
             # Then closed: nspawn, and systemd with it, would wait for one who does not read on.
             with notified:
                 self._leader = self._until_booted(notified)
+            # Whatever went wrong, nothing of this is to be done to the host.
+            if self.command("test", "-d", "/packages", "-a", "-d", "/guest").returncode:
+                raise CannotBoot("the container was started, but can't be entered")
         except BaseException:
             self.close()
             raise
@@ -112,7 +115,9 @@ class Machine:
 
     @property
     def _enter(self) -> list[str]:
-        enter = ["nsenter", f"--target={self._leader}", "--all", "--wdns=/", "env", "-i"]
+        # Its root, too: where we are in a changed root ourselves, a container can't have its own as
+        # that of its namespace, which is the host's then.
+        enter = ["nsenter", f"--target={self._leader}", "--all", "--root", "--wdns=/", "env", "-i"]
         return [*enter, "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
 
     def command(
