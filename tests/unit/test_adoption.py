@@ -425,7 +425,7 @@ async def test_death_that_nobody_was_told_of_is_told_once(
     driver.control.exit(5)
     await _end(vm)
     before = _facts(vm)
-    for told in (["died crash 5"], []):
+    for told in ([DEAD, "died crash 5"], []):
         vm = await services.next()
         await asyncio.sleep(0)
         assert (_facts(vm), services.observer.told) == (before, [RESTORED, *told])
@@ -446,7 +446,7 @@ async def test_vm_to_be_collected_goes_when_its_death_is_told(
     await services.end()
     registry = services.begin()
     await services.observer.until("removed")
-    died = ["died shutdown 0"] if observer is Silent else []
+    died = [DEAD, "died shutdown 0"] if observer is Silent else []
     assert (services.observer.told, len(registry)) == ([RESTORED, *died, "removed guest"], 0)
     await services.end()
     assert len(services.begin()) == 0

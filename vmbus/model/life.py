@@ -30,6 +30,9 @@ from .surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
+#: What changes when a VM dies.
+_DEATH = ("state", "reason", "status", "died", "last_words", "memory_actual", "pid")
+
 
 class Life(Reported):
     """One VM as far as it lives by itself. shares: what it may take; for the rest see Ledger."""
@@ -98,6 +101,9 @@ class Life(Reported):
         if self.alive:
             self._life = self._begin_life(self._adopt)
         elif self.over:
+            if not self._was_told:
+                # The service before us may have ended before it could tell this, too.
+                self._call(self._around.observer.changed, self, _DEATH)
             self._have_died()
 
     async def let_go(self) -> None:
@@ -215,7 +221,7 @@ class Life(Reported):
         self._have_died()
 
     def _have_died(self) -> None:
-        was_told = self._around.store.was_told(self.identity.id)
+        was_told = self._was_told
         if not was_told:
             self._call(self._around.observer.died, self)
         self._answered.set()
@@ -226,6 +232,10 @@ class Life(Reported):
         shutil.rmtree(self._temporary, ignore_errors=True)
         if was_told:
             self._call(self.on_death)
+
+    @property
+    def _was_told(self) -> bool:
+        return self._around.store.was_told(self.identity.id)
 
     def death_was_told(self) -> None:
         """To be called by the observer when everybody has been told."""
