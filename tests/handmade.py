@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.bus.connection import BUS_NAME, BUS_PATH, RemoteError
-from vmbus.bus.layout import header_fields
 from vmbus.bus.stream import Frame, MessageStream
+from vmbus.bus.unmarshal import header_fields
 from vmbus.bus.wire import Kind, Message, decode, join
 
 from . import frames

@@ -20,7 +20,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from vmbus.bus.layout import FIXED_HEADER, REPLY_SERIAL, UNIX_FDS, header_fields
+from vmbus.bus.layout import FIXED_HEADER, REPLY_SERIAL, UNIX_FDS
+from vmbus.bus.unmarshal import header_fields
 
 CALL, RETURN = 1, 2
 SERIAL, MEMBER = 0, 3

@@ -14,7 +14,8 @@ import pytest
 from tests import frames
 from tests.rig import DEADLINE, refused
 from vmbus.bus.connection import Connection, RemoteError
-from vmbus.bus.layout import MAX_MESSAGE, header_fields, read
+from vmbus.bus.layout import MAX_MESSAGE
+from vmbus.bus.unmarshal import header_fields, read
 from vmbus.bus.wire import Kind, Message, WireError
 
 pytestmark = pytest.mark.usefixtures("files_closed")

@@ -21,6 +21,7 @@ from tests.frames import CALL, RETURN, UNIX_FDS, Var, send_with_fds
 from tests.rig import DEADLINE
 from vmbus.bus import layout, stream
 from vmbus.bus.stream import Frame, MessageStream
+from vmbus.bus.unmarshal import header_fields
 
 pytestmark = pytest.mark.usefixtures("files_closed")
 KIB = 1024
@@ -305,7 +306,7 @@ async def test_a_path_too_long_is_cut_out_and_the_next_message_understood(
     await ends.send(large + after)
     await ends.until(lambda: len(ends.frames) == 2)
     assert [frame.oversized for frame in ends.frames] == [True, False]
-    fields = layout.header_fields(ends.frames[0].data)
+    fields = header_fields(ends.frames[0].data)
     assert (fields[0], fields[layout.SENDER], fields[frames.MEMBER]) == (5, ":1.7", "M")
     assert len(ends.frames[0].data) < KIB
     assert ends.frames[1].data == after

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import InvalidArgs, LimitExceeded, VMBusError
 from . import wire
-from .layout import MAX_MESSAGE, REPLY_SERIAL, SENDER, header_fields
+from .layout import MAX_MESSAGE, REPLY_SERIAL, SENDER
 from .stream import MAX_INCOMING, Frame, MessageStream
+from .unmarshal import header_fields
 from .wire import Flag, Kind, Message, WireError
 
 log = logging.getLogger(__name__)

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import layout
-from .layout import HEADER_TYPES, NUMBERS, REQUIRED, Type, types_of
+from .layout import HEADER_TYPES, MAX_NAME, NUMBERS, REQUIRED, Type, alignment, types_of
 
 _LITTLE_ENDIAN, _PROTOCOL = ord("l"), 1
 _PADDING = tuple(map(bytes, range(8)))
 _UINT = struct.Struct("<I")
 _HEAD = struct.Struct("<4B3I")
 _NUMBER_FIELD = struct.Struct("<B3sI")
-#: Longest name of a header, in characters; a path may be of any length.
-_MAX_NAME = 255
 _PART = "[A-Za-z_][A-Za-z0-9_]*"
 _PATH = re.compile("/|(/[A-Za-z0-9_]+)+")
 _INTERFACE = re.compile(rf"{_PART}(\.{_PART})+")
@@ -70,9 +68,9 @@ def _text_field(code: int, text: str) -> bytes:
     letter = HEADER_TYPES[code]
     pattern = _TEXTS.get(code)
     if pattern is not None:
-        too_long = len(text) > _MAX_NAME and pattern is not _PATH
+        too_long = len(text) > MAX_NAME and pattern is not _PATH
         if too_long or not pattern.fullmatch(text):
-            raise ValueError(f"a header field {code} that is not valid: {text[:_MAX_NAME]!r}")
+            raise ValueError(f"a header field {code} that is not valid: {text[:MAX_NAME]!r}")
     out = bytearray((code, 1, ord(letter), 0))
     _writers(letter)[0](out, text)
     return bytes(out)
@@ -98,12 +96,8 @@ def _writer(kind: Type) -> _Write:
     if letter == "a" and inner[0][0] == "{":
         return _dict(*map(_writer, inner[0][1]))
     if letter == "a":
-        return _bytes if inner[0][0] == "y" else _list(_writer(inner[0]), _alignment(inner[0][0]))
+        return _bytes if inner[0][0] == "y" else _list(_writer(inner[0]), alignment(inner[0][0]))
     return _struct(tuple(map(_writer, inner))) if letter == "(" else _SIMPLE[letter]
-
-
-def _alignment(letter: str) -> int:
-    return 8 if letter == "(" else struct.calcsize(NUMBERS.get(letter, "B"))
 
 
 def _number(code: str) -> _Write:
@@ -162,11 +156,11 @@ def _bytes(out: bytearray, value: Any) -> None:
     out += value
 
 
-def _list(element: _Write, alignment: int) -> _Write:
+def _list(element: _Write, first: int) -> _Write:
     def write(out: bytearray, value: Any) -> None:
         if not isinstance(value, (list, tuple)):
             raise TypeError("not a list")
-        start = _begin(out, alignment)
+        start = _begin(out, first)
         for item in value:
             element(out, item)
         _UINT.pack_into(out, start[0], len(out) - start[1])
@@ -188,12 +182,12 @@ def _dict(write_key: _Write, write_value: _Write) -> _Write:
     return write
 
 
-def _begin(out: bytearray, alignment: int) -> tuple[int, int]:
+def _begin(out: bytearray, first: int) -> tuple[int, int]:
     """Begin an array; gives where its size stands, and where its elements begin."""
     out += _PADDING[-len(out) & 3]
     out += bytes(4)
     at = len(out) - 4
-    out += _PADDING[-len(out) & (alignment - 1)]
+    out += _PADDING[-len(out) & (first - 1)]
     return at, len(out)
 
 

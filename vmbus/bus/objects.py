@@ -90,14 +90,14 @@ class _Exported:
         self._every: bytes | None = None
         self._entry: bytes | None = None
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> Variant:
         """One property, as a Variant. Raises UnknownProperty."""
         kind = interfaces()[self.interface].properties.get(name)
         if kind is None:
             raise UnknownProperty(f"{self.interface} has no property {name[:100]!r}")
         return Variant(kind.signature, self._values[name]())
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> dict[str, Variant]:
         return {name: self.get(name) for name in self._values}
 
     def every(self) -> bytes:

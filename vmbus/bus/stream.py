@@ -15,14 +15,8 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from .layout import (
-    FIXED_HEADER,
-    MAX_ARRAY,
-    MAX_MESSAGE,
-    UNIX_FDS,
-    header_fields,
-    long_text,
-)
+from .layout import FIXED_HEADER, MAX_ARRAY, MAX_MESSAGE, UNIX_FDS
+from .unmarshal import header_fields, long_text
 
 #: Largest call or signal that is taken from the bus, in bytes: nothing in the contract needs more,
 #: and decoding may take two hundred times that in memory. Replies are what somebody asked for.

@@ -1,7 +1,8 @@
-"""The D-Bus library, reduced to what vmbus takes from it: the way onto a bus, and values' reading.
+"""Messages there and back, and the D-Bus library, reduced to what vmbus takes from it: the way in.
 
 This is the only module that imports dbus-next (or dbus-fast, which has the same interface and is
-used where it is installed). Everything above it sees `Message` and `Variant` alone.
+used where it is installed): it finds the bus, authenticates and says Hello. Everything above sees
+`Message` and `Variant` alone.
 """
 
 from __future__ import annotations
@@ -10,21 +11,19 @@ import asyncio
 import enum
 import importlib
 import importlib.util
-import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import layout, marshal
+from . import layout, marshal, unmarshal
 from .layout import MAX_MESSAGE
+from .layout import Variant as Variant
 
 #: How long connecting, authenticating and Hello may take together, in seconds.
 CONNECT_TIMEOUT = 10.0
-#: Signatures that the library may remember. vmbus needs some thirty, a hostile peer has no end.
-_MAX_SIGNATURES = 64
 
 
 def _library_name() -> str:
@@ -47,37 +46,7 @@ def _import_library(name: str) -> Any:
 
 
 LIBRARY = _library_name()
-_lib: Any = _import_library(LIBRARY)
-_aio: Any = importlib.import_module(f"{LIBRARY}.aio")
-_unmarshaller: Any = importlib.import_module(f"{LIBRARY}._private.unmarshaller")
-Variant: Any = _lib.Variant
-
-
-class _BoundedCache(dict[str, Any]):
-    """dbus-next's memory of signatures, which has no bound of its own."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if len(self) >= _MAX_SIGNATURES:
-            self.clear()
-        super().__setitem__(key, value)
-
-
-def _bound_signatures() -> Callable[[], None]:
-    """Bound what the library remembers; gives what is to be called once a message."""
-    signature: Any = importlib.import_module(f"{LIBRARY}.signature")
-    if LIBRARY == "dbus_next":
-        signature.SignatureTree._cache = _BoundedCache()
-        return lambda: None
-    remembered = signature.get_signature_tree  # up to 4096, which is 160 MB
-
-    def trim() -> None:
-        if remembered.cache_info().currsize > _MAX_SIGNATURES:
-            remembered.cache_clear()
-
-    return trim
-
-
-_trim_signatures = _bound_signatures()
+_aio: Any = _import_library(f"{LIBRARY}.aio")
 
 
 class Kind(enum.IntEnum):
@@ -119,9 +88,7 @@ class Message:
 def decode(frame: bytes) -> Message:
     """Decode one whole message, without its descriptors. Raises WireError."""
     try:
-        fields, body = layout.read(frame)
-        if body is None:
-            body = _containers(frame)
+        fields, body = unmarshal.read(frame)
     except Exception as error:
         raise WireError(f"{type(error).__name__}: {error}") from error
     return Message(
@@ -138,18 +105,6 @@ def decode(frame: bytes) -> Message:
         sender=fields.get(layout.SENDER),
         serial=fields[0],
     )
-
-
-def _containers(frame: bytes) -> list[Any]:
-    """The values of a message of which some are more than numbers and texts.
-
-    Only these are worth the time that the library takes, which looks at all of the header again.
-    """
-    _trim_signatures()
-    raw = _unmarshaller.Unmarshaller(io.BytesIO(frame)).unmarshall()
-    if raw is None:
-        raise WireError("the message is shorter than it says")
-    return list(raw.body)
 
 
 def encode(message: Message) -> bytes:
