@@ -14,7 +14,7 @@ from bench.client import GET_ID, PROPERTIES, Stalled, call_frame, get_frame, pat
 from bench.floors import spawn_and_kill
 from bench.libvirt import Libvirt
 from bench.plan import Plan
-from bench.samples import FLOOR, PEER, Result, Samples, alternate, timed
+from bench.samples import FLOOR, PEER, Result, Samples, alternate, shuffled, timed
 from bench.stage import MANAGED, Caller, Stage
 from tests.rig import BUS, VM
 
@@ -135,12 +135,12 @@ def _lives(pair: Pair) -> Iterator[Result]:
     lives = {PEER: partial(_domain_life, pair.libvirt)}
     lives |= {column: partial(_vm_life, each) for column, each in pair.callers.items()}
     lives[FLOOR] = partial(spawn_and_kill, _PARAMS)
-    rounds = pair.plan.rounds(20)
+    rounds = pair.plan.rounds(60)
     with pair.plan.progress("Lives and deaths", rounds) as tick:
         for number in range(rounds + 1):
-            for name, life in lives.items():
+            for name in shuffled(lives, number):
                 with contextlib.suppress(Stalled):
-                    birth, death = life()
+                    birth, death = lives[name]()
                     if number:
                         births.setdefault(name, Samples()).values.append(birth)
                         deaths.setdefault(name, Samples()).values.append(death)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,10 +128,20 @@ def alternate(
     """
     columns = {name: Samples() for name in functions}
     for number in range(rounds + 1):
-        for name, function in functions.items():
+        for name in shuffled(functions, number):
             with contextlib.suppress(Stalled):
-                value = function()
+                value = functions[name]()
                 if number:
                     columns[name].values.append(value)
         tick()
     return columns
+
+
+def shuffled(names: Iterable[str], number: int) -> list[str]:
+    """The order of a round: who has just had a turn may still tidy up while the next has its own.
+
+    The same for the same number.
+    """
+    order = list(names)
+    random.Random(number).shuffle(order)
+    return order
