@@ -460,7 +460,7 @@ async def test_guest_that_ended_while_no_service_was_there_leaves_what_it_said(
 
 @pytest.mark.parametrize("missing", [[INPUT], [OUTPUT], [INPUT, OUTPUT]], ids=" ".join)
 @pytest.mark.usefixtures("guest")
-async def test_console_whose_fifos_are_gone_cannot_be_plugged_in_again_and_can_be_closed(
+async def test_console_whose_fifos_are_gone_cannot_be_joined_again_and_can_be_closed(
     next_console: Callable[[], Console], tmp_path: Path, missing: list[str]
 ) -> None:
     console = next_console()
@@ -468,8 +468,49 @@ async def test_console_whose_fifos_are_gone_cannot_be_plugged_in_again_and_can_b
         (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError):
         console.plug_again()
+        console.attach()
     console.close()
     assert _content(console.open_log()) == b""
+
+
+def _ends(fifo: Path) -> int:
+    """How many descriptors of it are open here."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += link.samefile(fifo)
+    return found
+
+
+async def test_input_is_open_while_somebody_may_type(
+    console: Console, guest: Guest, tmp_path: Path
+) -> None:
+    """A thousand VMs to whom nobody says anything have a thousand descriptors less."""
+    theirs = 1
+    console.answered()
+    assert _ends(tmp_path / INPUT) == theirs
+    left = asyncio.Event()
+    with console.attach(left.set) as reader:
+        assert _ends(tmp_path / INPUT) == theirs + 1
+        reader.send(b"hello")
+        assert await guest.hear(5) == b"hello"
+    async with asyncio.timeout(DEADLINE):
+        await left.wait()
+    assert _ends(tmp_path / INPUT) == theirs
+
+
+async def test_what_is_typed_before_the_vmm_listens_is_kept_for_it(
+    console: Console, tmp_path: Path
+) -> None:
+    console.plug()
+    left = asyncio.Event()
+    with console.attach(left.set) as reader:
+        reader.send(b"early")
+    async with asyncio.timeout(DEADLINE):
+        await left.wait()
+    with contextlib.closing(Guest(tmp_path)) as guest:
+        console.answered()
+        assert await guest.hear(5) == b"early"
 
 
 async def test_console_that_cannot_be_opened_for_want_of_descriptors_can_be_closed(

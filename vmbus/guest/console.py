@@ -29,6 +29,8 @@ _ROOM = 128 * 1024
 #: second and no more, and its FIFO isn't full below 12 MB/s, which no serial port reaches.
 _PAUSE = 0.01
 _CHUNK = 64 * 1024
+#: Both ways, so that neither end has to have another, or ever comes to one.
+_BOTH = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 _LOST = b"\r\n[vmbus: while the service was away, some of the output was lost]\r\n"
 
 
@@ -97,6 +99,7 @@ class Console:
         self._directory = directory
         self._output = -1
         self._input = -1
+        self._is_held = False
         self._readers: set[socket.socket] = set()
         self._closed: dict[socket.socket, Callable[[], None]] = {}
         self._silent: set[socket.socket] = set()
@@ -108,24 +111,38 @@ class Console:
         for name in (INPUT, OUTPUT):
             os.mkfifo(self._directory / name, 0o600)
         self._open()
+        self._open_input()
         # Refused where the user has too much in FIFOs already; what they have will do then.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
             fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _ROOM)
 
     def plug_again(self) -> None:
-        """Open our ends of FIFOs that were there before us. Raises OSError."""
+        """Open our end of a FIFO that was there before us. Raises OSError."""
         self._open()
         if _is_full(self._output):
             self._take()
             self._log.write(_LOST)
 
+    def answered(self) -> None:
+        """The VMM has its own ends open by now: what nobody types into need not be open here."""
+        self._is_held = True
+        self._rest()
+
+    def _rest(self) -> None:
+        if self._is_held and self._input >= 0 and not self._readers and not self._typed:
+            os.close(self._input)
+            self._input = -1
+
     def _open(self) -> None:
-        # Both ways, so that neither has to have another end, or ever comes to one.
-        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-        self._output = os.open(self._directory / OUTPUT, flags)
-        self._input = os.open(self._directory / INPUT, flags)
+        self._output = os.open(self._directory / OUTPUT, _BOTH)
         self._loop.add_reader(self._output, self._from_guest)
+        if self._readers:
+            self._open_input()
+
+    def _open_input(self) -> None:
+        if self._output >= 0 and self._input < 0:
+            self._input = os.open(self._directory / INPUT, _BOTH)
 
     def attach(self, closed: Callable[[], None] = lambda: None) -> socket.socket:
         """A stream joined to the console, both ways. Returns the reader's end, to be closed.
@@ -133,6 +150,7 @@ class Console:
         closed: called when the stream has ended, or could not be made.
         """
         try:
+            self._open_input()
             ours, theirs = socket.socketpair()
         except OSError:
             closed()
@@ -224,12 +242,14 @@ class Console:
         elif self._loop.remove_writer(self._input):
             for reader in self._readers - self._silent:
                 self._loop.add_reader(reader.fileno(), self._from_reader, reader)
+            self._rest()
 
     def _detach(self, reader: socket.socket) -> None:
         self._readers.discard(reader)
         self._silent.discard(reader)
         self._loop.remove_reader(reader.fileno())
         reader.close()
+        self._rest()
         self._closed.pop(reader)()
 
     def _unplug(self) -> None:

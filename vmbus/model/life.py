@@ -192,6 +192,7 @@ class Life(Reported):
                 self._change(Event.ANSWERED, started=now(), memory_actual=memory)
                 self._log("started", f"runs in process {self.pid}")
             self._controls.answered(control)
+            self._console.answered()
             self._answered.set()
         return words
 
