@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests import frames
 from tests.conftest import LIBRARIES
 from tests.frames import Var
-from vmbus.bus import layout, wire
+from vmbus.bus import layout, marshal, wire
 from vmbus.bus.unmarshal import header_fields
 
 MIB = 1024 * 1024
@@ -276,6 +276,23 @@ def test_a_body_marshalled_before_makes_the_same_message(signature: str, body: l
     empty = wire.Message(signature=signature, body=[{}], **fields)
     body_alone = wire.encode_body(signature, dressed(body))
     assert wire.encode_with_body(empty, body_alone) == wire.encode(whole)
+
+
+@pytest.mark.parametrize("signature", ["a{sv}", "sa{sv}as", "a{oa{sa{sv}}}"])
+def test_entries_marshalled_before_stand_for_their_dict(signature: str) -> None:
+    values = [("Id", "t", 7), ("Name", "s", "web"), ("Up", "b", True), ("VMMs", "as", ("a", "b"))]
+    properties = {key: wire.Variant(kind, value) for key, kind, value in values}
+
+    def body(within: Any) -> list[Any]:
+        return {
+            "a{sv}": [within],
+            "sa{sv}as": ["i.f", within, ["gone"]],
+            "a{oa{sa{sv}}}": [{"/a": {"i.f": within}, "/b": {"i.f": within}}],
+        }[signature]
+
+    for _ in range(2):
+        marshalled = wire.encode_body(signature, body(marshal.entries(values)))
+        assert marshalled == wire.encode_body(signature, body(properties))
 
 
 def test_a_body_marshalled_before_can_be_too_large() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import layout
-from .layout import HEADER_TYPES, MAX_NAME, NUMBERS, REQUIRED, Type, alignment, types_of
+from .layout import HEADER_TYPES, MAX_NAME, NUMBERS, REQUIRED, Type, Variant, alignment, types_of
 
 _LITTLE_ENDIAN, _PROTOCOL = ord("l"), 1
 _PADDING = tuple(map(bytes, range(8)))
@@ -74,6 +74,28 @@ def _text_field(code: int, text: str) -> bytes:
     out = bytearray((code, 1, ord(letter), 0))
     _writers(letter)[0](out, text)
     return bytes(out)
+
+
+class Entries(bytes):
+    """A dict's entries, marshalled already; it may stand wherever the dict may."""
+
+
+@functools.lru_cache(maxsize=512)
+def _entry(key: str, signature: str, value: Any) -> bytes:
+    return body("sv", (key, Variant(signature, value)))
+
+
+def entries(values: Iterable[tuple[str, str, Any]]) -> Entries:
+    """The entries of an a{sv}: each a key, and the signature and value of its variant.
+
+    VMs are alike, and so is most of what is told of them: what was marshalled is remembered. So
+    values must be hashable, and all values of one key of one type. Raises as `body` does.
+    """
+    out = bytearray()
+    for key, signature, value in values:
+        out += _PADDING[-len(out) & 7]
+        out += _entry(key, signature, value)
+    return Entries(out)
 
 
 def body(signature: str, values: Sequence[Any]) -> bytes:
@@ -170,13 +192,16 @@ def _list(element: _Write, first: int) -> _Write:
 
 def _dict(write_key: _Write, write_value: _Write) -> _Write:
     def write(out: bytearray, value: Any) -> None:
-        if not isinstance(value, dict):
-            raise TypeError("not a dict")
         start = _begin(out, 8)
-        for key, item in value.items():
-            out += _PADDING[-len(out) & 7]
-            write_key(out, key)
-            write_value(out, item)
+        if isinstance(value, Entries):
+            out += value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                out += _PADDING[-len(out) & 7]
+                write_key(out, key)
+                write_value(out, item)
+        else:
+            raise TypeError("not a dict")
         _UINT.pack_into(out, start[0], len(out) - start[1])
 
     return write

@@ -7,7 +7,7 @@ a thousand VMs is joining a thousand pieces.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import UnknownInterface, UnknownProperty
@@ -25,6 +25,7 @@ from .contract import (
     VM_ROOT,
     interfaces,
 )
+from .marshal import Entries, entries
 from .wire import Kind, Message, Variant
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ _SHOWN_AS = {
 class _Exported:
     """One object: its properties as they are now, and as they were last marshalled."""
 
-    __slots__ = ("_entry", "_every", "_values", "interface", "path", "vm")
+    __slots__ = ("_all", "_entry", "_values", "interface", "path", "vm")
 
     def __init__(
         self, path: str, interface: str, values: Mapping[str, Callable[[], Any]], vm: Machine | None
@@ -87,7 +88,7 @@ class _Exported:
         self.interface = interface
         self.vm = vm
         self._values = values
-        self._every: bytes | None = None
+        self._all: Entries | None = None
         self._entry: bytes | None = None
 
     def get(self, name: str) -> Variant:
@@ -97,14 +98,20 @@ class _Exported:
             raise UnknownProperty(f"{self.interface} has no property {name[:100]!r}")
         return Variant(kind.signature, self._values[name]())
 
-    def all(self) -> dict[str, Variant]:
-        return {name: self.get(name) for name in self._values}
+    def some(self, names: Iterable[str]) -> Entries:
+        """Some of the properties, as they are now."""
+        kinds = interfaces()[self.interface].properties
+        return entries((name, kinds[name].signature, self._values[name]()) for name in names)
+
+    def all(self) -> Entries:
+        """All of them."""
+        if self._all is None:
+            self._all = self.some(self._values)
+        return self._all
 
     def every(self) -> bytes:
         """The body of an answer to GetAll."""
-        if self._every is None:
-            self._every = wire.encode_body("a{sv}", [self.all()])
-        return self._every
+        return wire.encode_body("a{sv}", [self.all()])
 
     def entry(self) -> bytes:
         """This object's entry of an answer to GetManagedObjects."""
@@ -114,7 +121,7 @@ class _Exported:
         return self._entry
 
     def changed(self) -> None:
-        self._every = self._entry = None
+        self._all = self._entry = None
 
 
 class Objects:
@@ -128,7 +135,7 @@ class Objects:
         _check_complete(VIRTUAL_MACHINE, _VM_PROPERTIES)
         manager: dict[str, Callable[[], Any]] = {
             "Version": lambda: self._version,
-            "AvailableVMMs": lambda: self._available,
+            "AvailableVMMs": lambda: tuple(self._available),
             "VMCount": lambda: len(self._vms),
         }
         _check_complete(MANAGER, manager)
@@ -229,7 +236,7 @@ class Objects:
     def _properties_changed(self, exported: _Exported, names: Sequence[str]) -> None:
         exported.changed()
         kinds = interfaces()[exported.interface].properties
-        changed = {name: exported.get(name) for name in names if kinds[name].emits == "true"}
+        changed = exported.some(name for name in names if kinds[name].emits == "true")
         invalidated = [name for name in names if kinds[name].emits == "invalidates"]
         body = [exported.interface, changed, invalidated]
         self._signal(exported.path, PROPERTIES, "PropertiesChanged", body)
