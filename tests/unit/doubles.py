@@ -249,7 +249,7 @@ class FakeHost(Host):
         assert self.fake.name == name
         return self.fake
 
-    async def driver(self, config: VMConfig) -> Driver:
+    def driver(self, config: VMConfig, kvm_problem: str) -> Driver:
         if self.fake is None:
             raise VMMUnavailable(f"no {config.vmm}")
         return self.fake

@@ -177,14 +177,24 @@ class Registry:
         Raises InvalidConfig, NameExists, LimitExceeded or VMMUnavailable, with nothing changed.
         """
         self._check_open()
-        # In a thread, since the files may lie on a file system that takes its time.
         files = FilePolicy(self._image_directories, requester.uid)
-        config = await asyncio.to_thread(parse_config, raw, files)
+        problem = await self._host.kvm_problem()
+        # In a thread, since the files may lie on a file system that takes its time.
+        config, driver = await asyncio.to_thread(self._check, raw, files, problem)
         try:
-            driver = await self._host.driver(config)
-            kvm = not await self._host.kvm_problem()
             self._check_open()
-            return self._add(config, requester, driver, kvm=kvm)
+            return self._add(config, requester, driver, kvm=not problem)
+        except BaseException:
+            config.close()
+            raise
+
+    def _check(
+        self, raw: Mapping[str, object], files: FilePolicy, kvm_problem: str
+    ) -> tuple[VMConfig, Driver]:
+        """The config, and the driver of a VMM that can do all of it."""
+        config = parse_config(raw, files)
+        try:
+            return config, self._host.driver(config, kvm_problem)
         except BaseException:
             config.close()
             raise

@@ -51,7 +51,7 @@ class Host:
 
     async def available(self) -> list[str]:
         """The names of the VMMs that can be used, best first."""
-        drivers, _ = await self._drivers("auto")
+        drivers, _ = self._drivers("auto", await self.kvm_problem())
         return [driver.name for driver in drivers]
 
     def driver_named(self, name: str) -> Driver:
@@ -60,17 +60,17 @@ class Host:
             return Crosvm(self._crosvm or self._settings.crosvm)
         return Qemu(self._qemu or self._settings.qemu, self._settings.qemu_machine, self._virtiofsd)
 
-    async def driver(self, config: VMConfig) -> Driver:
-        """The first VMM of a config's choice that is there and can do all of it.
+    def driver(self, config: VMConfig, kvm_problem: str) -> Driver:
+        """The first VMM of a config's choice that is there and can do all of it. May block.
 
         Raises VMMUnavailable or NotSupported, saying what is missing.
         """
-        drivers, missing = await self._drivers(config.vmm)
+        drivers, missing = self._drivers(config.vmm, kvm_problem)
         if config.vsock and not self.vsock:
             raise NotSupported(f"vsock: this host has no {VSOCK_DEVICE} that the service may open")
         unsupported = []
         for driver in drivers:
-            problems = await asyncio.to_thread(driver.unsupported, config)
+            problems = driver.unsupported(config)
             if not problems:
                 return driver
             unsupported += problems
@@ -78,15 +78,15 @@ class Host:
             raise NotSupported("; ".join(unsupported))
         raise VMMUnavailable("; ".join(missing))
 
-    async def _drivers(self, choice: str) -> tuple[list[Driver], list[str]]:
+    def _drivers(self, choice: str, kvm_problem: str) -> tuple[list[Driver], list[str]]:
         """The VMMs that a choice allows and that are there, best first; and why others aren't."""
         drivers: list[Driver] = []
         missing = []
         if choice in ("auto", "crosvm"):
             if self._crosvm is None:
                 missing.append(f"crosvm is not installed ({self._settings.crosvm})")
-            elif problem := await self.kvm_problem():
-                missing.append(f"crosvm needs KVM: {problem}")
+            elif kvm_problem:
+                missing.append(f"crosvm needs KVM: {kvm_problem}")
             else:
                 drivers.append(Crosvm(self._crosvm))
         if choice in ("auto", "qemu"):
