@@ -1,6 +1,6 @@
 # The front door. Each target first makes ready what it needs; what needs root is asked for.
 
-.PHONY: help demo test test-system bench check deb guest format clean
+.PHONY: help demo test test-system bench check deb guest reference format clean
 
 help:
 	@echo "make demo        watch real guests be created, started, seen on the bus and die"
@@ -10,6 +10,7 @@ help:
 	@echo "make check       run the linters and the type checker"
 	@echo "make deb         build the Debian package, in build/deb"
 	@echo "make format      format the code"
+	@echo "make reference   write docs/reference.md anew, from the interfaces"
 	@echo "make guest       build the Linux guest that the demo and the tests boot"
 	@echo "make clean       remove what the others made"
 
@@ -58,6 +59,9 @@ check: ready
 	@rm -rf build/meson
 	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python -m mesonbuild.mesonmain setup --fatal-meson-warnings build/meson >build/meson.log || { cat build/meson.log; exit 1; }
 	@echo "make check:      all fine"
+
+reference: ready
+	.venv/bin/python tools/generate reference.md >docs/reference.md
 
 format: ready
 	.venv/bin/ruff check --fix .

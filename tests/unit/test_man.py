@@ -1,8 +1,9 @@
-"""The manual pages: they say all that the contract, the commands and the settings have."""
+"""Manual pages and reference: they say all that contract, commands and settings have."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import subprocess
 import sys
@@ -96,9 +97,26 @@ def test_the_prose_of_the_interfaces_is_there_word_for_word() -> None:
 
 
 def test_every_error_is_named() -> None:
-    """org.vmbus1(5) names every error that a caller can be told."""
-    names = {each.dbus_name for each in errors.VMBusError.__subclasses__()}
-    assert names <= words("org.vmbus1.5")
+    """org.vmbus1(5) names every error that a caller can be told, and says what it means."""
+    shown = " ".join(rendered("org.vmbus1.5").split())
+    for each in errors.VMBusError.__subclasses__():
+        assert f"{each.dbus_name} {inspect.getdoc(each)}" in shown
+
+
+def test_the_reference_is_what_the_interfaces_say() -> None:
+    """docs/reference.md is as `make reference` makes it, and has every member and every error."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert text == generated("reference.md"), "run `make reference`"
+    for interface in documented().values():
+        for kind, shown in (
+            ("method", "#### {}\n"),
+            ("signal", "#### {}\n"),
+            ("property", "| `{}` |"),
+        ):
+            for member in interface.iterfind(kind):
+                assert shown.format(member.attrib["name"]) in text
+    for each in errors.VMBusError.__subclasses__():
+        assert f"| `{each.dbus_name}` | {inspect.getdoc(each)} |" in text
 
 
 def test_every_command_and_option_is_explained() -> None:
