@@ -333,15 +333,20 @@ class Service:
                 os.killpg(pid, signal.SIGKILL)
 
     def traces(self) -> list[tuple[int, int]]:
-        """The processes of VMs that run by its records: number, and beginning in clock ticks."""
-        found = []
-        for file in self.runtime.glob("vm/*/record.json"):
-            record = json.loads(file.read_text())
-            for trace in record["traces"]:
-                with contextlib.suppress(OSError):
-                    if began(trace["pid"]) == trace["began"]:
-                        found.append((trace["pid"], trace["began"]))
-        return found
+        """See `running`."""
+        return running(self.runtime)
+
+
+def running(runtime: Path) -> list[tuple[int, int]]:
+    """The processes of VMs that run, by a service's records: number, and beginning in ticks."""
+    found = []
+    for file in runtime.glob("vm/*/record.json"):
+        record = json.loads(file.read_text())
+        for trace in record["traces"]:
+            with contextlib.suppress(OSError):
+                if began(trace["pid"]) == trace["began"]:
+                    found.append((trace["pid"], trace["began"]))
+    return found
 
 
 class Client:

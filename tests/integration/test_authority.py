@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import os
 import pwd
-import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
+from tests.pages import all_blocks
 from tests.permissions import (
     CREATE,
     DEATH,
@@ -60,7 +60,6 @@ from tests.rig import (
     plain,
     refused,
 )
-from tests.rig import ROOT as PROJECT
 from vmbus.bus import authority
 from vmbus.bus.peers import Peers
 from vmbus.bus.wire import Kind, Message, Variant
@@ -143,9 +142,9 @@ async def test_a_rule_can_decide_by_verb_vm_and_requester(here: Ruled, root: Cli
 
 
 def documented_rules(people: dict[str, str]) -> str:
-    """The rules in the documentation, with the names of users and groups that every host has."""
-    text = (PROJECT / "docs" / "authorization.md").read_text()
-    rules = "\n".join(re.findall("^```js$(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    """The rules in the documentation, with users, groups and VMs that there are here."""
+    shown = [block for block in all_blocks() if block.file.endswith(".rules")]
+    rules = "\n".join(block.text for block in sorted(shown, key=lambda block: block.file))
     for name, stand_in in people.items():
         assert f'"{name}"' in rules
         rules = rules.replace(f'"{name}"', f'"{stand_in}"')
@@ -155,26 +154,33 @@ def documented_rules(people: dict[str, str]) -> str:
 async def test_the_documented_rules_do_what_the_documentation_says(
     here: Ruled, root: Client
 ) -> None:
-    """Operators manage everything, and alice what bob made; nobody else does."""
-    people = {"vm-operators": "bin", "alice": "man", "1001": str(OWNER)}
+    """Operators do everything, a job what it is for, users what is their own; others nothing."""
+    people = {"vm-operators": "bin", "vm-users": "games", "1000": str(OWNER), "db-": "given-db-"}
     here.polkitd.rules(GIVEN + documented_rules(people))
-    start, kill = DEATH
+    steps = {step.member: step for step in LIFE}
     async with (
-        caller(here.rig, 2) as operator,
-        caller(here.rig, OTHER) as alice,
-        caller(here.rig, OWNER) as bob,
-        caller(here.rig, 1) as anybody,
+        caller(here.rig, pwd.getpwnam("bin").pw_uid) as operator,
+        caller(here.rig, pwd.getpwnam("backup").pw_uid) as job,
+        caller(here.rig, OWNER) as user,
+        caller(here.rig, OTHER) as anybody,
     ):
-        bobs, anybodys = await here.given(bob), await here.given(anybody)
-        assert await attempt(anybody, bobs, start) == INTERACTIVE
-        assert await attempt(alice, anybodys, start) == INTERACTIVE
-        assert await attempt(bob, anybodys, start) == INTERACTIVE
-        assert await attempt(alice, bobs, start) == DONE
-        assert await attempt(operator, bobs, kill) == DONE
-        assert await attempt(operator, anybodys, start) == DONE
-        assert await create(here, root, operator) == DONE
-        for each in (alice, bob, anybody):
-            assert await create(here, root, each) == INTERACTIVE
+        database = await user.create(**here.config("given-db-1"))
+        web = await user.create(**here.config("given-web-1"))
+        anybodys = await anybody.create(**here.config("given-db-2"))
+        assert await attempt(anybody, database, steps["Start"]) == DENIED
+        assert await attempt(user, anybodys, steps["Start"]) == DENIED
+        assert await attempt(job, database, steps["Start"]) == DENIED
+        assert await attempt(user, database, steps["Start"]) == DONE
+        for path in (web, anybodys):
+            assert await attempt(operator, path, steps["Start"]) == DONE
+            assert await attempt(job, path, steps["Suspend"]) == DENIED
+        assert await attempt(job, database, steps["Suspend"]) == DONE
+        assert await attempt(job, database, steps["Resume"]) == DONE
+        assert await attempt(job, database, DEATH[1]) == DENIED
+        for who in (operator, user):
+            assert await create(here, root, who) == DONE
+        for who in (job, anybody):
+            assert await create(here, root, who) == DENIED
 
 
 async def test_the_dialog_names_the_vm(here: Ruled, root: Client) -> None:

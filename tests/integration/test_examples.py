@@ -1,23 +1,19 @@
-"""The examples work, and so does all that the guide for clients shows."""
+"""The examples work."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import pytest
-
 from tests.rig import DEADLINE, ROOT, Client, Rig, Service, client, guest, plain
 from tests.vmbusmock import MOCK, data_directory
 
 EXAMPLES = ROOT / "examples"
-GUIDE = ROOT / "docs" / "clients.md"
 NOTIFICATIONS = "org.freedesktop.Notifications"
 
 
@@ -115,71 +111,3 @@ def _pytest(rig: Rig, file: Path, directory: Path) -> subprocess.CompletedProces
         timeout=3 * DEADLINE,
         check=False,
     )
-
-
-# The guide
-
-
-def _blocks(language: str) -> list[str]:
-    """The code in the guide, in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-
-
-TESTS = [block for block in _blocks("python") if "\ndef test_" in block.replace("async ", "")]
-PROGRAMS = [block for block in _blocks("python") if block not in TESTS]
-
-
-def test_every_block_of_the_guide_is_run() -> None:
-    """There is none in a language that no test runs."""
-    fences = re.findall(r"^```(.+)$", GUIDE.read_text(), re.MULTILINE)
-    assert len(fences) == len(PROGRAMS) + len(TESTS) + len(_blocks("sh"))
-    assert PROGRAMS and TESTS and _blocks("sh")
-
-
-@pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_programs_of_the_guide(rig: Rig, service: Service, tmp_path: Path, number: int) -> None:
-    """Each does what it says with the real service, in a directory that has a kernel."""
-    guest(tmp_path, then={"exit": 0, "after": 0.2}).rename(tmp_path / "vmlinuz")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAMS[number]],
-        env=_environment(rig),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    wanted = ("shutdown 0", "mortal shutdown", "is running", "there is none")[number]
-    assert wanted in done.stdout
-
-
-def test_commands_of_the_guide(tmp_path: Path) -> None:
-    """They run one after the other, on a bus of their own, and the last tells of the death."""
-    bus = Rig(system=False)
-    process = subprocess.Popen(
-        ["sh", "-ec", "\n".join([*_blocks("sh"), "echo done"])],
-        env={**_environment(bus), "XDG_DATA_DIRS": str(data_directory(tmp_path / "share"))},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        lines = list(iter(process.stdout.readline, "done\n"))
-        assert process.wait(DEADLINE) == 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.stdout.close()
-        bus.close()
-    assert lines[-1] == "('guest-panic', 34)\n"
-
-
-def test_tests_of_the_guide(rig: Rig, tmp_path: Path) -> None:
-    """They pass where the template is installed."""
-    (tmp_path / "test_guide.py").write_text("\n".join(TESTS))
-    done = _pytest(rig, tmp_path / "test_guide.py", tmp_path)
-    assert f"{len(TESTS)} passed" in done.stdout, done.stdout + done.stderr
