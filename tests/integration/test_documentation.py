@@ -123,7 +123,7 @@ class Story:
                 start_new_session=True,
             )
             try:
-                status = process.wait(2 * DEADLINE)
+                status = process.wait(3 * DEADLINE)
             except subprocess.TimeoutExpired:
                 status = None
             finally:
@@ -240,6 +240,13 @@ def test_a_command_that_is_named_exists(arguments: str) -> None:
             option for each in command.params for option in (*each.opts, *each.secondary_opts)
         }
     assert {word for word in words if word.startswith("-")} <= options
+
+
+def test_a_target_of_make_that_is_named_exists() -> None:
+    """Each `make` that the text names is one of the front door's."""
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", _prose(page))}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named and named <= targets
 
 
 def _named_tests() -> list[str]:
