@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.aside import Aside
 from bench.client import Client, Stalled, get_frame, patiently
+from bench.floors import Spawner
 from bench.plan import Plan
 from bench.samples import Result, Samples, alternate, timed
 from bench.stage import LIST, MANAGED, Caller, Stage
@@ -182,6 +183,7 @@ def _check_full(
         result = note(f"{size} VMs: {name}", found["full"])
         ratio = found["full"] / found["alone"]
         result.check(column, "ratio to the same with 1 VM", ratio, 1.2)
+    result.notes[column] = [_spawning(crowd)]
     result = note(f"{size} VMs: GetManagedObjects", full["managed"])
     result.check(column, "median from the second call on", full["managed"].median, 15, "ms")
     calls = _calls_while_idle(crowd.stage.pid)
@@ -189,6 +191,19 @@ def _check_full(
     result.check(column, "system calls", calls, 0)
     _check_deaths(
         crowd, column, note(f"{size} VMs killed at once, {_LISTENERS} listeners", Samples())
+    )
+
+
+def _spawning(crowd: Crowd) -> str:
+    """What the descriptors of a full crowd alone cost each process that is spawned among them."""
+    count = len(os.listdir(f"/proc/{crowd.stage.pid}/fd"))
+    with contextlib.closing(Spawner(count)) as among:
+        took = alternate({"among": among}, crowd.plan.rounds(40), lambda: None)["among"]
+    with contextlib.closing(Spawner(0)) as alone:
+        bare = alternate({"bare": alone}, crowd.plan.rounds(40), lambda: None)["bare"]
+    return (
+        f"by itself a shell takes {bare.median:.2f} ms until it runs, "
+        f"and {took.median:.2f} ms where its parent has {count} descriptors open"
     )
 
 
