@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,6 @@ async def vmbus(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", service.rig.address)
     async with VMBus.connect(user=True) as connected:
         yield connected
-
-
-@pytest.fixture
-def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """A bus that a test may do with as it likes."""
-    rig = Rig(system=False)
-    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", rig.address)
-    yield rig
-    rig.close()
 
 
 def _service(rig: Rig, **settings: object) -> Service:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,15 +48,6 @@ from vmbus.reasons import Reason
 MIB = 1 << 20
 VMMS = ["crosvm"]
 Die = Callable[[ClientVM, str, int], Awaitable[None]]
-
-
-@pytest.fixture
-def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """A bus that a test may do with as it likes."""
-    rig = Rig(system=False)
-    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", rig.address)
-    yield rig
-    rig.close()
 
 
 @pytest.fixture
