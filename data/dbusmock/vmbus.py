@@ -138,7 +138,11 @@ _STANDARD = f"""<node>
 
 def _contract():
     """The prose and the elements of all interfaces, from where they are installed."""
-    beside = [_HERE.parent / "dbus-1/interfaces", _HERE.parents[1] / "dbus-1/interfaces"]
+    beside = [
+        _HERE.parent / "bus/interfaces",
+        _HERE.parent / "dbus-1/interfaces",
+        _HERE.parents[1] / "dbus-1/interfaces",
+    ]
     texts = [
         file.read_text()
         for directory in beside
