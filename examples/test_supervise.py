@@ -7,8 +7,7 @@ import pytest
 from supervise import supervise
 
 from vmbus import errors
-from vmbus.client import Events, VMBus
-from vmbus.events import Changed
+from vmbus.client import Changed, Events, VMBus
 from vmbus.testing import Mock
 
 pytest_plugins = ["vmbus.testing"]
