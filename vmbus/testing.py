@@ -42,6 +42,10 @@ class Mock(Protocol):
 
     def SetPayloadState(self, vm: str, state: str) -> None: ...
 
+    def SetPayloadExitStatus(self, vm: str, status: int) -> None: ...
+
+    def SetStatusText(self, vm: str, text: str) -> None: ...
+
 
 @pytest.fixture
 def vmbus_mock(dbusmock_session: PrivateDBus) -> Iterator[Mock]:

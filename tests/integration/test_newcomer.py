@@ -125,7 +125,7 @@ def test_a_client_is_written_tested_and_run_from_the_guide_alone(newcomer: Newco
     assert install == INSTALL
     assert newcomer.types("id -u; cat /dev/kvm 2>&1 || true").startswith("65534\ncat: /dev/kvm")
     said = [newcomer.types(f". venv/bin/activate\n{each}", deadline=60) for each in others]
-    assert re.search(r"\b2 passed in ", said[1]), said[1]
+    assert re.search(r"\b3 passed in ", said[1]), said[1]
     assert "status 3" in said[2].splitlines(), said[2]
 
 
