@@ -1,4 +1,4 @@
-"""A tool's tests against the mock, which vmbus brings along: `pip install "vmbus[mock]"`."""
+"""A tool's tests against the mock that vmbus brings along, with its extra "mock"."""
 
 import asyncio
 from pathlib import Path
