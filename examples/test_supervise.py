@@ -1,27 +1,17 @@
-"""A tool's tests against the mock: python-dbusmock finds the template by the name "vmbus"."""
+"""A tool's tests against the mock that vmbus brings along, with its extra "mock"."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from dbusmock import BusType, SpawnedMock
 from supervise import supervise
 
 from vmbus import errors
-from vmbus.client import Events, VMBus
-from vmbus.events import Changed
+from vmbus.client import Changed, Events, VMBus
+from vmbus.testing import Mock
 
-pytest_plugins = ["dbusmock.pytest_fixtures"]
+pytest_plugins = ["vmbus.testing"]
 pytestmark = pytest.mark.asyncio
-
-
-@pytest.fixture
-def mock(dbusmock_session: Any) -> Iterator[Any]:
-    """The mock's controls, by their names."""
-    with SpawnedMock.spawn_with_template("vmbus", bustype=BusType.SESSION) as spawned:
-        yield spawned.obj
 
 
 @pytest.fixture
@@ -41,21 +31,21 @@ async def _running(events: Events) -> str:
     raise AssertionError("the events ended")
 
 
-async def test_a_vm_that_crashes_is_replaced(mock: Any, kernel: Path) -> None:
+async def test_a_vm_that_crashes_is_replaced(vmbus_mock: Mock, kernel: Path) -> None:
     async with VMBus.session() as bus, await bus.events() as events:
         supervising = asyncio.create_task(supervise(bus, kernel=kernel))
         first = await _running(events)
-        mock.Die(first, "crash", 1)
+        vmbus_mock.Die(first, "crash", 1)
         second = await _running(events)
         assert first != second
-        mock.Die(second, "shutdown", 0)
+        vmbus_mock.Die(second, "shutdown", 0)
         async with asyncio.timeout(20):
             assert (await supervising).reason == "shutdown"
         assert await bus.vms() == []
 
 
-async def test_a_start_that_fails_is_no_reason_to_go_on(mock: Any, kernel: Path) -> None:
-    mock.FailNextStart("no luck")
+async def test_a_start_that_fails_is_no_reason_to_go_on(vmbus_mock: Mock, kernel: Path) -> None:
+    vmbus_mock.FailNextStart("no luck")
     async with VMBus.session() as bus:
         with pytest.raises(errors.StartFailed, match="no luck"):
             await supervise(bus, kernel=kernel)

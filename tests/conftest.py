@@ -61,6 +61,29 @@ async def bus(service: Service) -> AsyncIterator[Client]:
         yield connected
 
 
+@pytest.fixture
+def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A session bus that a test may do with as it likes, and that is this process's own."""
+    rig = Rig(system=False)
+    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", rig.address)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def mortal(own_rig: Rig) -> Service:
+    """A service of this test's own, to be killed and started anew."""
+    return Service(own_rig, {"crosvm": str(CROSVM), "kvm": "on"})
+
+
+@pytest.fixture
+async def listener(mortal: Service) -> AsyncIterator[Client]:
+    """A client that stays on the bus, whatever becomes of the service."""
+    async with client(mortal.rig) as connected:
+        await connected.listen()
+        yield connected
+
+
 @pytest.fixture(scope="session")
 def guest_files() -> tuple[Path, Path]:
     """The kernel and the initial RAM disk of a real Linux guest, as `make guest` builds them."""

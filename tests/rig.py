@@ -392,6 +392,12 @@ class Client:
         (path,) = await self.call(MANAGER_PATH, MANAGER, "Create", "a{sv}", body, fds=fds)
         return str(path)
 
+    async def run(self, kernel: Path, **config: Any) -> str:
+        """Create a VM and start it."""
+        path = await self.create(kernel=kernel, **config)
+        await self.vm(path, "Start")
+        return path
+
     async def vm(self, path: str, member: str, signature: str = "", *body: Any) -> list[Any]:
         return await self.call(path, VM, member, signature, body)
 

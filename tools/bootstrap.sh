@@ -10,10 +10,14 @@ packages=(
     dbus
     dbus-bin
     dbus-daemon
+    gcc # an example in C
     gettext    # msgfmt
     groff-base # the manual pages' tests
+    libc6-dev
     libglib2.0-bin # gdbus
+    libsystemd-dev
     libxml2-utils  # xmllint
+    pkg-config
     polkitd
     python3
     python3-dbus # python-dbusmock needs it, and there is no wheel of it
@@ -25,8 +29,6 @@ packages=(
 )
 if [[ ${1-} == bench ]]; then
     packages+=(
-        gcc
-        libc6-dev
         libvirt-daemon-driver-qemu
         libvirt-daemon-system
         libvirt-dbus

@@ -20,7 +20,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Self, TypeVar, Unpack
 
 from .bus import connection as bus_connection
@@ -37,13 +36,29 @@ from .bus.contract import (
 from .bus.wire import Flag, Message
 from .calls import ServiceGone, call
 from .errors import InvalidArgs, NoSuchVM, UnknownInterface, UnknownObject, VMBusError
-from .events import Death, Deaths, Died, Event, Events, EventsLost, Snapshot, snapshot
+from .events import (
+    About,
+    Added,
+    Changed,
+    Death,
+    Deaths,
+    Died,
+    Event,
+    Events,
+    EventsLost,
+    Removed,
+    ServiceChanged,
+    Snapshot,
+    snapshot,
+)
 from .listening import Listening
 from .request import Config, Disk, Files, Net, SharedDir, encode_config
 
 __all__ = [
     "VM",
     "About",
+    "Added",
+    "Changed",
     "Config",
     "Death",
     "Deaths",
@@ -54,6 +69,8 @@ __all__ = [
     "EventsLost",
     "Net",
     "RemoteError",
+    "Removed",
+    "ServiceChanged",
     "ServiceGone",
     "SharedDir",
     "Snapshot",
@@ -66,22 +83,13 @@ TIMEOUT = 25.0
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class About:
-    """What the service says of itself. available_vmms: empty until it has found out."""
-
-    version: str
-    available_vmms: tuple[str, ...]
-    vm_count: int
-
-
 class VMBus:
     """The service, as one connection to its bus sees it. Made by `system` or `session`."""
 
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
         self._connection = connection
         self._flags = Flag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
-        self._listening = Listening(connection, self._present)
+        self._listening = Listening(connection, lambda: self._vms(Flag.NO_AUTOSTART))
 
     @classmethod
     def system(cls, *, interactive: bool = False) -> AbstractAsyncContextManager[Self]:
@@ -135,9 +143,6 @@ class VMBus:
         """Every VM, by id."""
         return await self._vms(self._flags)
 
-    async def _present(self) -> list[Snapshot]:
-        return await self._vms(Flag.NO_AUTOSTART)
-
     async def _vms(self, flags: int) -> list[Snapshot]:
         target = (ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
         reply = await call(self._connection, target, (), fds=(), flags=flags, timeout=TIMEOUT)
@@ -189,7 +194,7 @@ class VMBus:
 
     def deaths(self) -> Deaths:
         """Every death of a VM, once. See Deaths for when listening begins."""
-        return Deaths(lambda: self._listening.events(with_service=False, kinds=(Died,)))
+        return Deaths(self._listening.deaths)
 
     async def _outlasting(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Do what may be done anew with each service that goes away over it."""
@@ -235,6 +240,9 @@ class VM:
         self._bus = bus
         self.path = path
 
+    def __repr__(self) -> str:
+        return f"<VM {self.path}>"
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -258,7 +266,8 @@ class VM:
 
     async def start(self) -> None:
         """Start it; return when it runs. Raises InvalidState or StartFailed."""
-        await self._call("Start", lasts=True)
+        with self._bus._listening.starting(self.path):
+            await self._call("Start", lasts=True)
 
     async def stop(self, timeout: float | None = None) -> None:
         """End it in good order, by force after `timeout` seconds; None: as the service is set."""
@@ -302,19 +311,18 @@ class VM:
         """
         async with self._bus._listening.death_of(self.path) as died:
             try:
-                return Death(*(await self._bus._outlasting(self._wait)).body)
+                reply = await self._bus._outlasting(lambda: self._call("Wait", lasts=True))
+                return Death(*reply.body)
             except (NoSuchVM, UnknownObject):
                 # One that is collected may be gone before the next service could be asked.
                 if died.done():
                     return died.result()
                 raise
 
-    async def _wait(self) -> Message:
-        return await self._call("Wait", lasts=True)
-
     async def remove(self) -> None:
         """Forget it. Raises InvalidState if it is running."""
         await self._call("Remove")
+        self._bus._listening.untold.discard(self.path)
 
     async def open_console(self) -> socket.socket:
         """A stream joined to the guest's console, both ways. Raises InvalidState when it's dead."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -47,6 +47,15 @@ class Snapshot:
 
 # The contract's names in Python's manner, "MemoryMiB" as "memory_mib", without a second list.
 _FIELDS = {each.name.replace("_", ""): each.name for each in fields(Snapshot)}
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the service says of itself. available_vmms: empty until it has found out."""
+
+    version: str
+    available_vmms: tuple[str, ...]
+    vm_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,30 +205,32 @@ class Deaths:
     """Deaths of VMs in their order, for `async for`; made by `VMBus.deaths`.
 
     Listening begins with `async with`, or else with the first step of the loop, and ends with it.
-    See Events for what becomes of it when the service or the bus goes.
+    Such a loop begins with VMs that were started by this connection and have died by then, unless
+    they are removed, or their death was told before. See Events for what becomes of it when the
+    service or the bus goes.
     """
 
-    def __init__(self, listen: Callable[[], Awaitable[Events]]) -> None:
+    def __init__(self, listen: Callable[[bool], Awaitable[Events]]) -> None:
         self._listen = listen
         self._events: Events | None = None
 
     async def __aenter__(self) -> Self:
-        self._events = await self._listen()
+        self._events = await self._listen(False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._events is not None:
             await self._events.aclose()
 
-    async def __aiter__(self) -> AsyncIterator[Died]:
-        if self._events is None:
-            async with self:
-                async for death in self:
-                    yield death
-            return
-        async for event in self._events:
-            if isinstance(event, Died):
-                yield event
+    async def __aiter__(self) -> AsyncGenerator[Died, None]:
+        events = self._events or await self._listen(True)
+        try:
+            async for event in events:
+                if isinstance(event, Died):
+                    yield event
+        finally:
+            if events is not self._events:
+                await events.aclose()
 
 
 def snapshot(path: str, properties: Mapping[str, Any]) -> Snapshot:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from .bus import connection as bus_connection
 from .bus.connection import Connection, RemoteError
 from .bus.contract import BUS_NAME, ROOT_PATH, VIRTUAL_MACHINE
 from .bus.wire import Flag, Kind, Message
 from .calls import close_all, refusal
-from .events import Death, Died, Event, Events, ServiceChanged, Snapshot, event_of
+from .errors import VMBusError
+from .events import Death, Died, Event, Events, Removed, ServiceChanged, Snapshot, event_of
 from .missed import Watch
 
 _OWNERS = (
@@ -35,6 +36,8 @@ class Listening:
         self._watch: Watch | None = None
         self._beginning = asyncio.Lock()
         self._deaths: dict[str, set[asyncio.Future[Death]]] = {}
+        #: VMs that were started here, and of whose death nobody here was told.
+        self.untold: set[str] = set()
         self._closing = False
         connection.handler = self._on_message
         connection.closed.add_done_callback(lambda _: self._on_close())
@@ -83,6 +86,25 @@ class Listening:
             raise
         return events
 
+    async def deaths(self, past: bool) -> Events:
+        """A listener to deaths alone. past: it begins with those that nobody here was told of."""
+        events = await self.events(with_service=False, kinds=(Died,))
+        if past and self._watch is not None:
+            for death in self._watch.past_deaths(self.untold):
+                self.untold.discard(death.path)
+                events.put(death)
+        return events
+
+    @contextlib.contextmanager
+    def starting(self, path: str) -> Iterator[None]:
+        """Start a VM within: its death is for those who listen, even if they come too late."""
+        self.untold.add(path)
+        try:
+            yield
+        except VMBusError:
+            self.untold.discard(path)
+            raise
+
     async def _begin_watch(self) -> None:
         self._watch = Watch(self._known_to_service, self._tell, self._end)
         try:
@@ -117,6 +139,7 @@ class Listening:
         try:
             await self._connection.call_bus("AddMatch", "s", [rule])
             yield death
+            self.untold.discard(path)
         finally:
             death.cancel()
             waiting.discard(death)
@@ -159,6 +182,8 @@ class Listening:
         self._owner_changed = asyncio.Event()
 
     def _tell(self, event: Event) -> None:
+        if isinstance(event, Died | Removed):
+            self.untold.discard(event.path)
         for events in self._events:
             events.put(event)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 
 from .calls import ServiceGone
@@ -47,17 +47,26 @@ class Watch:
     async def begin(self) -> None:
         """Learn what there is; nothing of that is an event. Raises what `fetch` does."""
         self._held = []
+        past: set[str] = set()
         try:
             self._known = {vm.path: vm for vm in await self._fetch()}
+            past = {path for path, vm in self._known.items() if vm.death_reason}
         except ServiceGone:
             self._known = {}
         finally:
             self._release()
+        # After what was told meanwhile; the service may tell theirs again, too.
+        self._told |= past
 
     async def aclose(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+
+    def past_deaths(self, paths: Iterable[str]) -> list[Died]:
+        """The deaths of those VMs that have died and are still there, in their order."""
+        dead = (self._known[path] for path in paths if path in self._known and path in self._told)
+        return [_death_of(vm) for vm in sorted(dead, key=lambda vm: vm.died_timestamp)]
 
     def take(self, event: Event) -> None:
         """Take an event as the bus told it."""
@@ -143,12 +152,16 @@ def _missed(
     elif now and before and (values := _differences(before, now)):
         yield Changed(now.path, values)
     if now and before and before.state in _ALIVE and now.death_reason:
-        death = death or Died(now.path, now.cid, Death(now.death_reason, now.exit_status))
+        death = death or _death_of(now)
     if death:
         yield death
     present = now or before
     if present and (gone or not now):
         yield Removed(present.path)
+
+
+def _death_of(vm: Snapshot) -> Died:
+    return Died(vm.path, vm.cid, Death(vm.death_reason, vm.exit_status), vm)
 
 
 def _differences(before: Snapshot, now: Snapshot) -> dict[str, object]:

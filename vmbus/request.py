@@ -58,9 +58,9 @@ class Config(TypedDict, total=False):
     params: str | None
     memory_mib: int | None
     cpus: int | None
-    disks: Sequence[Disk]
-    net: Sequence[Net]
-    shared_dirs: Sequence[SharedDir]
+    disks: Sequence[Disk] | None
+    net: Sequence[Net] | None
+    shared_dirs: Sequence[SharedDir] | None
     vsock: bool | None
     protected: bool | None
     balloon: bool | None

@@ -11,6 +11,8 @@ Die(o vm, s reason, i status): a VM that runs dies by itself.
 FailNextStart(s words): the next Start ends in StartFailed, with these last words of the VMM.
 FailNext(s member, s error, s text): the next call of a method ends in this error.
 SetPayloadState(o vm, s state): the guest reports how far it is.
+SetPayloadExitStatus(o vm, i status): the guest reports that it has finished, and how.
+SetStatusText(o vm, s text): the guest reports something for people.
 
 A method that a test adds with AddMethod goes before the template's, and UpdateProperties works.
 """
@@ -129,6 +131,14 @@ _STANDARD = f"""<node>
     <arg name="vm" type="o" direction="in"/>
     <arg name="state" type="s" direction="in"/>
   </method>
+  <method name="SetPayloadExitStatus">
+    <arg name="vm" type="o" direction="in"/>
+    <arg name="status" type="i" direction="in"/>
+  </method>
+  <method name="SetStatusText">
+    <arg name="vm" type="o" direction="in"/>
+    <arg name="text" type="s" direction="in"/>
+  </method>
 </interface>
 </node>"""
 
@@ -138,7 +148,11 @@ _STANDARD = f"""<node>
 
 def _contract():
     """The prose and the elements of all interfaces, from where they are installed."""
-    beside = [_HERE.parent / "dbus-1/interfaces", _HERE.parents[1] / "dbus-1/interfaces"]
+    beside = [
+        _HERE.parent / "bus/interfaces",
+        _HERE.parent / "dbus-1/interfaces",
+        _HERE.parents[1] / "dbus-1/interfaces",
+    ]
     texts = [
         file.read_text()
         for directory in beside
@@ -680,14 +694,25 @@ class Service:
         self.failures[str(member)] = DBusException(str(text), name=str(error))
 
     def set_payload_state(self, path, state):
-        if "PayloadState" not in PROPERTY_TYPES[VM]:
-            raise _error("NotSupported", "this version has no PayloadState")
         vm = self.control(path)
         vm.must_be(*ALIVE)
         now = str(vm.get("PayloadState"))
         if state not in PAYLOAD_STATES[PAYLOAD_STATES.index(now) + 1 :]:
             raise _error("InvalidArgs", f"from {now} it can't go to {state}")
         vm.change(PayloadState=str(state))
+
+    def set_payload_exit_status(self, path, status):
+        vm = self.control(path)
+        vm.must_be(*ALIVE)
+        if vm.get("PayloadExitStatus") != -1 or not 0 <= status <= 255:
+            raise _error("InvalidArgs", "it is told once, and 0 to 255")
+        finished = {} if vm.get("PayloadState") == "finished" else {"PayloadState": "finished"}
+        vm.change(**finished, PayloadExitStatus=int(status))
+
+    def set_status_text(self, path, text):
+        vm = self.control(path)
+        vm.must_be(*ALIVE)
+        vm.change(StatusText=str(text))
 
 
 # Calls
@@ -790,6 +815,8 @@ _CONTROLS = {
     "FailNextStart": Service.fail_next_start,
     "FailNext": Service.fail_next,
     "SetPayloadState": Service.set_payload_state,
+    "SetPayloadExitStatus": Service.set_payload_exit_status,
+    "SetStatusText": Service.set_status_text,
 }
 _VM = {
     "Start": Machine.start,

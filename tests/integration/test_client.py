@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import asdict, fields
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, get_type_hints
 from unittest.mock import ANY
 
 import pytest
+from pydantic import BaseModel
 
-from tests.contract import documented
-from tests.rig import CROSVM, DEADLINE, VM, Client, Rig, Service, guest, until_reaped
-from vmbus import __version__, errors
+from tests.contract import documented, types_of
+from tests.rig import CROSVM, DEADLINE, MANAGER, VM, Client, Rig, Service, guest, until_reaped
+from vmbus import __version__, errors, request, spec
 from vmbus.client import VM as ClientVM
 from vmbus.client import About, Deaths, Disk, ServiceGone, SharedDir, Snapshot, VMBus
 from vmbus.events import Added, Changed, Death, Died, Event, Events, Removed, ServiceChanged
@@ -32,15 +35,6 @@ async def vmbus(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", service.rig.address)
     async with VMBus.connect(user=True) as connected:
         yield connected
-
-
-@pytest.fixture
-def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """A bus that a test may do with as it likes."""
-    rig = Rig(system=False)
-    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", rig.address)
-    yield rig
-    rig.close()
 
 
 def _service(rig: Rig, **settings: object) -> Service:
@@ -69,9 +63,50 @@ def _numbers() -> list[str]:
 # Values
 
 
-def test_a_snapshot_has_a_field_for_every_property() -> None:
-    properties = [each.attrib["name"] for each in documented()[VM].iterfind("property")]
-    assert {_flat(name) for name in properties} <= {_flat(field.name) for field in fields(Snapshot)}
+#: What the client calls otherwise than the contract does.
+_CALLED = {"GetVM": "vm", "GetVMByCID": "vm_by_cid", "List": "vms"}
+_TYPES = {"s": str, "u": int, "t": int, "i": int, "b": bool, "as": tuple[str, ...]}
+_GIVEN: dict[str, set[object]] = {
+    "": {type(None)},
+    "o": {ClientVM},
+    "si": {Death},
+    "h": {socket.socket, BinaryIO},
+    "a(ussuuo)": {list[Snapshot]},
+}
+
+
+@pytest.mark.parametrize(("interface", "kind"), [(MANAGER, VMBus), (VM, ClientVM)])
+def test_every_method_of_the_contract_is_there_and_typed(interface: str, kind: type) -> None:
+    """With as many arguments, all of a type, and a result that is what the method gives."""
+    for method in documented()[interface].iterfind("method"):
+        name = method.attrib["name"]
+        made = getattr(kind, _CALLED.get(name, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+        hints = get_type_hints(made)
+        assert hints.pop("return") in _GIVEN[types_of(method, "out")], name
+        assert len(hints) == sum(arg.get("direction") == "in" for arg in method.iterfind("arg"))
+        assert Any not in hints.values(), name
+
+
+@pytest.mark.parametrize(("interface", "kind"), [(MANAGER, About), (VM, Snapshot)])
+def test_every_property_of_the_contract_is_there_and_typed(interface: str, kind: type) -> None:
+    """As a field whose type is that of the property."""
+    fields = {_flat(name): hint for name, hint in get_type_hints(kind).items()}
+    for each in documented()[interface].iterfind("property"):
+        assert fields[_flat(each.attrib["name"])] == _TYPES[each.attrib["type"]]
+
+
+@pytest.mark.parametrize(
+    ("made", "checked"),
+    [
+        (request.Config, spec.VMConfig),
+        (request.Disk, spec.Disk),
+        (request.Net, spec.Net),
+        (request.SharedDir, spec.SharedDir),
+    ],
+)
+def test_every_key_of_a_config_is_there(made: type, checked: type[BaseModel]) -> None:
+    """Those that the service takes, and no other."""
+    assert set(made.__annotations__) == set(checked.model_fields)
 
 
 async def test_snapshots_are_what_the_bus_tells(vmbus: VMBus, bus: Client, tmp_path: Path) -> None:
@@ -554,6 +589,20 @@ async def test_a_bus_that_goes_ends_everything(own_rig: Rig, tmp_path: Path) -> 
 # Deaths
 
 
+async def test_the_first_lines_of_a_program(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Create, start, and hear of deaths, in the fewest words."""
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", service.rig.address)
+    kernel = guest(tmp_path, then={"exit": 34})
+    async with asyncio.timeout(DEADLINE), VMBus.system() as bus:
+        vm = await bus.create(kernel=kernel, memory_mib=512)
+        await vm.start()
+        async for death in bus.deaths():
+            assert (death.path, death.reason) == (vm.path, "guest-panic")
+            break
+
+
 async def _death(deaths: Deaths, vm: ClientVM) -> Died:
     """The next death of this VM."""
     async with asyncio.timeout(DEADLINE):
@@ -586,6 +635,51 @@ async def test_deaths_from_the_first_step_of_a_loop(vmbus: VMBus, tmp_path: Path
     async with asyncio.timeout(DEADLINE):
         assert (await first).path == vm.path
     await vm.remove()
+
+
+async def test_a_death_that_was_too_quick_for_the_loop(vmbus: VMBus, tmp_path: Path) -> None:
+    """Of a VM that was started here it is told all the same; what was told before isn't again."""
+    waited = await _running(vmbus, tmp_path, then={"exit": 0})
+    await waited.wait()
+    removed = await _running(vmbus, tmp_path)
+    await removed.discard()
+    quick = []
+    told = []
+    async with asyncio.timeout(DEADLINE), VMBus.session() as other:
+        for status in (34, 32):
+            quick.append(await _running(vmbus, tmp_path, then={"exit": status}))
+            await (await other.vm(quick[-1].path)).wait()
+        async for death in vmbus.deaths():
+            told.append((death.path, death.reason, death.status))
+            if len(told) == 2:
+                break
+        assert told == [(quick[0].path, "guest-panic", 34), (quick[1].path, "reboot", 32)]
+        assert death.vm == await quick[1].properties()
+    async with vmbus.deaths() as deaths:
+        last = await _running(vmbus, tmp_path, then={"exit": 32})
+        async with asyncio.timeout(DEADLINE):
+            assert (await anext(aiter(deaths))).path == last.path
+
+
+async def test_a_death_that_comes_while_listening_begins_is_told_once(
+    vmbus: VMBus, tmp_path: Path
+) -> None:
+    """Whichever is first, the signal or what the service says of all VMs."""
+    for _ in range(20):
+        vm = await vmbus.create(kernel=guest(tmp_path))
+        await vm.start()
+        deaths = aiter(vmbus.deaths())
+        async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
+            group.create_task(vm.kill())
+            assert (await anext(deaths)).path == vm.path
+        idle = await vmbus.create(kernel=guest(tmp_path))
+        await idle.start()
+        await idle.kill()
+        async with asyncio.timeout(DEADLINE):
+            assert (await anext(deaths)).path == idle.path
+        await deaths.aclose()
+        await vm.remove()
+        await idle.remove()
 
 
 # Over a restart of the service

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import termios
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,14 @@ FLOOD = 10.0
 
 
 @pytest.fixture
-def mortal(rig: Rig) -> Iterator[Service]:
-    """A service of this test's own, to be killed and started anew."""
-    service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on", "console_log_bytes": LOG})
-    yield service
-    service.close()
-
-
-@pytest.fixture
-async def stayer(mortal: Service) -> AsyncIterator[Client]:
-    """A client that stays on the bus, whatever becomes of the service."""
-    async with client(mortal.rig) as connected:
-        await connected.listen()
-        yield connected
+def mortal(own_rig: Rig) -> Service:
+    """A service of this test's own, to be killed and started anew, that keeps little of a log."""
+    return Service(own_rig, {"crosvm": str(CROSVM), "kvm": "on", "console_log_bytes": LOG})
 
 
 @pytest.fixture
 def name(tmp_path: Path) -> str:
     return tmp_path.name.replace("_", "-")[-40:].lstrip("-")
-
-
-async def _running(bus: Client, kernel: Path, **config: Any) -> str:
-    path = await bus.create(kernel=str(kernel), **config)
-    await bus.vm(path, "Start")
-    return path
 
 
 async def _console(bus: Client, path: str) -> socket.socket:
@@ -128,45 +112,45 @@ def _cpu(service: Service) -> float:
 
 
 async def test_flood_at_full_speed_for_ten_seconds_while_five_readers_sleep(
-    mortal: Service, stayer: Client, tmp_path: Path
+    mortal: Service, listener: Client, tmp_path: Path
 ) -> None:
     """Calls are answered as before, memory and disk stay bounded, and the log has the newest."""
-    path = await stayer.create(kernel=str(guest(tmp_path, flood_console=True)))
+    path = await listener.create(kernel=str(guest(tmp_path, flood_console=True)))
     directory = mortal.runtime / "vm" / path.rpartition("/")[2]
-    before = await _reads(stayer, path, 500)
+    before = await _reads(listener, path, 500)
     with contextlib.ExitStack() as stack:
-        sleepers = [stack.enter_context(await _console(stayer, path)) for _ in range(5)]
-        await stayer.vm(path, "Start")
+        sleepers = [stack.enter_context(await _console(listener, path)) for _ in range(5)]
+        await listener.vm(path, "Start")
         memory = mortal.resident()
         end = asyncio.get_running_loop().time() + FLOOD
         during, seen = [], 0
         while asyncio.get_running_loop().time() < end:
-            during += await _reads(stayer, path, 100)
+            during += await _reads(listener, path, 100)
             assert _on_disk(directory) <= LOG
-            log = _numbers(await _log(stayer, path))
+            log = _numbers(await _log(listener, path))
             assert _contiguous(log)
             assert log[-1] >= seen
             seen = log[-1]
         assert statistics.median(during) < 5 * statistics.median(before)
         assert mortal.resident() < memory + 8 * MIB
-        await stayer.vm(path, "Kill")
+        await listener.vm(path, "Kill")
         for sleeper in sleepers:
             numbers = _numbers(b"\n" + await _until_end(sleeper))
             assert numbers[0] == 0
             assert len(numbers) < seen
-    last = _numbers(await _log(stayer, path))
+    last = _numbers(await _log(listener, path))
     assert _contiguous(last)
     assert last[-1] >= seen
     assert len(last) * 64 > LOG // 2 - 128
 
 
 async def test_flood_as_fast_as_the_host_can_leaves_the_service_mostly_idle(
-    mortal: Service, stayer: Client, tmp_path: Path
+    mortal: Service, listener: Client, tmp_path: Path
 ) -> None:
     """Faster than any VMM: a program writes right into the FIFO."""
-    path = await _running(stayer, guest(tmp_path))
+    path = await listener.run(guest(tmp_path))
     fifo = mortal.runtime / "vm" / path.rpartition("/")[2] / "tmp" / "console.out"
-    with await _console(stayer, path) as stream:
+    with await _console(listener, path) as stream:
         with fifo.open("wb", buffering=0) as output:
             flood = subprocess.Popen(["timeout", str(DEADLINE), "yes"], stdout=output)
         began, cpu = time.monotonic(), _cpu(mortal)
@@ -176,21 +160,21 @@ async def test_flood_as_fast_as_the_host_can_leaves_the_service_mostly_idle(
         flood.terminate()
         flood.wait()
     assert used < 0.12
-    await stayer.vm(path, "Kill")
+    await listener.vm(path, "Kill")
 
 
 async def test_two_readers_get_the_same_bytes(
-    mortal: Service, stayer: Client, tmp_path: Path
+    mortal: Service, listener: Client, tmp_path: Path
 ) -> None:
     """Both of all that the guest printed, and so does the log."""
     text = "".join(f"{number:07}\n" for number in range(12_000))
-    path = await stayer.create(kernel=str(guest(tmp_path, console=text, then={"exit": 0})))
-    with await _console(stayer, path) as first, await _console(stayer, path) as second:
+    path = await listener.create(kernel=str(guest(tmp_path, console=text, then={"exit": 0})))
+    with await _console(listener, path) as first, await _console(listener, path) as second:
         reading = asyncio.gather(_until_end(first), _until_end(second))
-        await stayer.vm(path, "Start")
+        await listener.vm(path, "Start")
         one, other = await reading
     assert one == other == text.encode()
-    assert await _log(stayer, path) == text.encode()
+    assert await _log(listener, path) == text.encode()
 
 
 # Real guests
@@ -315,9 +299,9 @@ def _until_away(running: Running) -> None:
 
 
 async def test_console_is_joined_again_when_the_service_is_back(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
+    mortal: Service, listener: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
 ) -> None:
-    path = await _running(stayer, guest(tmp_path, echo=True), name=name)
+    path = await listener.run(guest(tmp_path, echo=True), name=name)
     before = termios.tcgetattr(terminal[1])
     with Running(mortal.rig, "console", name, terminal=terminal[1]) as console:
         _type(console, terminal, b"a")
@@ -337,7 +321,7 @@ async def test_console_is_joined_again_when_the_service_is_back(
         os.write(terminal[0], b"\x1d")
         assert console.status() == 0
     assert termios.tcgetattr(terminal[1]) == before
-    assert await stayer.get(path, "State") == "running"
+    assert await listener.get(path, "State") == "running"
 
 
 @pytest.mark.parametrize(
@@ -351,7 +335,7 @@ async def test_console_is_joined_again_when_the_service_is_back(
 )
 async def test_console_can_be_left_while_the_service_is_away(
     mortal: Service,
-    stayer: Client,
+    listener: Client,
     tmp_path: Path,
     name: str,
     terminal: tuple[int, int],
@@ -359,7 +343,7 @@ async def test_console_can_be_left_while_the_service_is_away(
     code: int,
 ) -> None:
     """And the terminal is given back, as ever."""
-    await _running(stayer, guest(tmp_path, echo=True), name=name)
+    await listener.run(guest(tmp_path, echo=True), name=name)
     before = termios.tcgetattr(terminal[1])
     with Running(mortal.rig, "console", name, terminal=terminal[1]) as console:
         _type(console, terminal, b"a")
@@ -374,10 +358,10 @@ async def test_console_can_be_left_while_the_service_is_away(
 
 
 async def test_terminal_that_goes_away_ends_the_console(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str
 ) -> None:
     """Nothing hangs, nothing complains, and the VM runs on."""
-    path = await _running(stayer, guest(tmp_path, console="up\n", echo=True), name=name)
+    path = await listener.run(guest(tmp_path, console="up\n", echo=True), name=name)
     user, program = os.openpty()
     with Running(mortal.rig, "console", name, terminal=program) as console:
         os.close(program)
@@ -385,17 +369,17 @@ async def test_terminal_that_goes_away_ends_the_console(
         console.until(user, b"q")
         os.close(user)
         # The kernel hangs up the leader of a session; this one has none, and sees the end itself.
-        await stayer.vm(path, "Kill")
+        await listener.vm(path, "Kill")
         assert console.status() in (0, 1)
         assert "Traceback" not in console.rest(console.stderr)
 
 
 async def test_terminal_is_set_right_after_a_guest_that_drew_on_it(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
+    mortal: Service, listener: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
 ) -> None:
     """Back to the shell's screen, with a cursor and without reports of the mouse."""
     drawn = "\x1b[?1049h\x1b[?25l\x1b[?1000h"
-    path = await _running(stayer, guest(tmp_path, echo=True), name=name)
+    path = await listener.run(guest(tmp_path, echo=True), name=name)
     with Running(mortal.rig, "console", name, terminal=terminal[1]) as console:
         os.write(terminal[0], drawn.encode())
         console.until(terminal[0], drawn.encode())
@@ -404,12 +388,12 @@ async def test_terminal_is_set_right_after_a_guest_that_drew_on_it(
         shown = console.until(terminal[0], b"2004l").rpartition(drawn.encode())[2]
     assert b"\x1b[?1049l\x1b[!p" in shown
     assert re.search(rb"\x1b\[\?1000;[0-9;]*l", shown)
-    await stayer.vm(path, "Kill")
+    await listener.vm(path, "Kill")
 
 
 @pytest.mark.parametrize("collect", ["--collect", "--keep"])
 async def test_run_goes_on_with_the_next_service(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str, collect: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str, collect: str
 ) -> None:
     """It shows what is printed from then on, takes what is typed, and tells how it all ended."""
     kernel = guest(tmp_path, echo=True)
@@ -428,7 +412,7 @@ async def test_run_goes_on_with_the_next_service(
 
 
 async def test_run_is_told_of_a_death_while_the_service_was_away(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str
 ) -> None:
     """Also of a VM that the next service has forgotten by the time it can be asked."""
     kernel = guest(tmp_path, echo=True)
@@ -454,17 +438,17 @@ def _logs(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 async def test_followed_log_has_no_gap_and_nothing_twice(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str
 ) -> None:
     """From within a flood to the end of the VM."""
-    path = await _running(stayer, guest(tmp_path, flood_console=True), name=name)
+    path = await listener.run(guest(tmp_path, flood_console=True), name=name)
     with Running(mortal.rig, "logs", "-f", name) as logs:
         logs.until(logs.stdout, b"\n" * 1)
-        beginning = len(await _log(stayer, path))
+        beginning = len(await _log(listener, path))
         while len(logs.heard[logs.stdout]) < beginning + 64 * 1024:
             logs.heard[logs.stdout] += os.read(logs.stdout, 65536)
-        await stayer.vm(path, "Suspend")
-        await stayer.vm(path, "Kill")
+        await listener.vm(path, "Suspend")
+        await listener.vm(path, "Kill")
         heard = logs.rest(logs.stdout).encode()
         assert logs.status() == 0
         assert "twice" not in logs.rest(logs.stderr)
@@ -474,9 +458,9 @@ async def test_followed_log_has_no_gap_and_nothing_twice(
 
 @pytest.mark.parametrize("lines", [[], ["-n", "1"]])
 async def test_followed_log_goes_on_after_a_restart_with_what_was_printed_meanwhile(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str, lines: list[str]
+    mortal: Service, listener: Client, tmp_path: Path, name: str, lines: list[str]
 ) -> None:
-    path = await _running(stayer, guest(tmp_path, console="one\ntwo\n", echo=True), name=name)
+    path = await listener.run(guest(tmp_path, console="one\ntwo\n", echo=True), name=name)
     with Running(mortal.rig, "logs", "-f", *lines, name) as logs:
         logs.until(logs.stdout, b"two\n")
         mortal.crash()
@@ -485,42 +469,42 @@ async def test_followed_log_goes_on_after_a_restart_with_what_was_printed_meanwh
         fifo.write_bytes(b"three\n")
         mortal.start()
         logs.until(logs.stdout, b"three\n")
-        with await _console(stayer, path) as stream:
+        with await _console(listener, path) as stream:
             stream.send(b"four\n")
             logs.until(logs.stdout, b"four\n")
-        await stayer.vm(path, "Kill")
+        await listener.vm(path, "Kill")
         assert logs.status() == 0
         assert logs.rest(logs.stdout) == ("two\n" if lines else "one\ntwo\n") + "three\nfour\n"
 
 
 async def test_followed_log_of_a_dead_vm_ends_at_once(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str
 ) -> None:
-    path = await _running(stayer, guest(tmp_path, console="bye\n", then={"exit": 0}), name=name)
-    await stayer.died(path)
+    path = await listener.run(guest(tmp_path, console="bye\n", then={"exit": 0}), name=name)
+    await listener.died(path)
     assert _logs(mortal.rig, "-f", name).stdout == "bye\n"
-    await stayer.vm(path, "Remove")
+    await listener.vm(path, "Remove")
     done = mortal.rig.command(*VMBUSCTL, "--user", "logs", name)
     assert done.returncode == 1
     assert "no VM" in done.stderr
 
 
-async def test_log_as_json(mortal: Service, stayer: Client, tmp_path: Path, name: str) -> None:
+async def test_log_as_json(mortal: Service, listener: Client, tmp_path: Path, name: str) -> None:
     """A document for every line, whatever is in it."""
     text = 'one\r\n"\x1b[2J\u00fc"\nlast'
-    path = await _running(stayer, guest(tmp_path, console=text, then={"exit": 0}), name=name)
-    await stayer.died(path)
+    path = await listener.run(guest(tmp_path, console=text, then={"exit": 0}), name=name)
+    await listener.died(path)
     lines = [json.loads(line) for line in _logs(mortal.rig, "--json", name).stdout.splitlines()]
     assert lines == [{"line": "one"}, {"line": '"\x1b[2J\u00fc"'}, {"line": "last"}]
 
 
 async def test_log_does_not_steer_the_terminal_but_for_colours(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
+    mortal: Service, listener: Client, tmp_path: Path, name: str, terminal: tuple[int, int]
 ) -> None:
     """In a pipe it is what the guest printed."""
     text = "\x1b[32mOK\x1b[0m \x1b]0;title\x07\x1b[2J\u00fc\u009b end"
-    path = await _running(stayer, guest(tmp_path, console=text, then={"exit": 0}), name=name)
-    await stayer.died(path)
+    path = await listener.run(guest(tmp_path, console=text, then={"exit": 0}), name=name)
+    await listener.died(path)
     assert _logs(mortal.rig, name).stdout == text
     with Running(mortal.rig, "logs", name, terminal=terminal[1]) as logs:
         shown = logs.until(terminal[0], b"end\x1b[0m")
@@ -529,12 +513,12 @@ async def test_log_does_not_steer_the_terminal_but_for_colours(
 
 
 async def test_console_of_a_dead_vm_is_refused_by_its_state(
-    mortal: Service, stayer: Client, tmp_path: Path, name: str
+    mortal: Service, listener: Client, tmp_path: Path, name: str
 ) -> None:
-    path = await _running(stayer, guest(tmp_path, then={"exit": 0}), name=name)
-    await stayer.died(path)
+    path = await listener.run(guest(tmp_path, then={"exit": 0}), name=name)
+    await listener.died(path)
     async with refused(ERROR + "InvalidState"):
-        await stayer.vm(path, "OpenConsole")
+        await listener.vm(path, "OpenConsole")
     done = mortal.rig.command(*VMBUSCTL, "--user", "console", name)
     assert done.returncode == 1
     assert "its log can be opened" in done.stderr

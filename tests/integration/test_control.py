@@ -27,12 +27,6 @@ from vmbus.bus.wire import Variant
 MIB = 1 << 20
 
 
-async def _running(bus: Client, kernel: Path, **config: Any) -> str:
-    path = await bus.create(kernel=kernel, **config)
-    await bus.vm(path, "Start")
-    return path
-
-
 def _disk(directory: Path, size: int = MIB, head: bytes = b"") -> Path:
     disk = directory / "disk"
     disk.write_bytes(head.ljust(size, b"\0"))
@@ -40,7 +34,7 @@ def _disk(directory: Path, size: int = MIB, head: bytes = b"") -> Path:
 
 
 async def test_suspend_and_resume(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     await bus.vm(path, "Suspend")
     assert await bus.get(path, "State") == "suspended"
     async with refused(ERROR + "InvalidState") as text:
@@ -58,7 +52,7 @@ async def test_suspend_and_resume(bus: Client, tmp_path: Path) -> None:
 async def test_stop_of_a_suspended_vm_lets_its_guest_hear_of_it(
     bus: Client, tmp_path: Path
 ) -> None:
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     await bus.vm(path, "Suspend")
     await bus.vm(path, "Stop", "t", 0)
     assert (await bus.died(path))[1:] == ["stopped", 0]
@@ -75,7 +69,7 @@ async def test_only_a_vm_that_runs_can_be_suspended(
 
 
 async def test_memory(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path), memory_mib=256)
+    path = await bus.run(guest(tmp_path), memory_mib=256)
     assert await bus.get(path, "MemoryActual") == 256 * MIB
     await bus.vm(path, "SetMemoryTarget", "t", 64 * MIB)
     await bus.until(lambda m: m.path == path and "MemoryActual" in plain(m.body)[2])
@@ -91,12 +85,12 @@ async def test_memory(bus: Client, tmp_path: Path) -> None:
 
 
 async def test_memory_of_a_guest_that_can_not(bus: Client, tmp_path: Path) -> None:
-    driverless = await _running(bus, guest(tmp_path, no_balloon_driver=True))
+    driverless = await bus.run(guest(tmp_path, no_balloon_driver=True))
     async with refused(ERROR + "ControlFailed") as text:
         await bus.vm(driverless, "SetMemoryTarget", "t", 64 * MIB)
     assert "driver" in text[0]
     assert await bus.get(driverless, "MemoryActual") == 256 * MIB
-    without = await _running(bus, guest(tmp_path), balloon=False)
+    without = await bus.run(guest(tmp_path), balloon=False)
     async with refused(ERROR + "NotSupported"):
         await bus.vm(without, "SetMemoryTarget", "t", 64 * MIB)
     for path in (driverless, without):
@@ -106,7 +100,7 @@ async def test_memory_of_a_guest_that_can_not(bus: Client, tmp_path: Path) -> No
 async def test_resize_disk(bus: Client, tmp_path: Path) -> None:
     disk = _disk(tmp_path)
     disks = [{"image": str(disk), "writable": True}, {"image": str(guest(tmp_path))}]
-    path = await _running(bus, guest(tmp_path), disks=disks)
+    path = await bus.run(guest(tmp_path), disks=disks)
     await bus.vm(path, "ResizeDisk", "ut", 0, 4 * MIB)
     assert disk.stat().st_size == 4 * MIB
     for index, size, error, words in (
@@ -137,7 +131,7 @@ async def test_a_vmm_that_refuses(
     bus: Client, tmp_path: Path, answer: dict[str, Any], error: str
 ) -> None:
     """The state stays what it is, and the next request is understood."""
-    path = await _running(bus, guest(tmp_path, on={"SuspendVcpus": {**answer, "times": 1}}))
+    path = await bus.run(guest(tmp_path, on={"SuspendVcpus": {**answer, "times": 1}}))
     async with refused(ERROR + error):
         await bus.vm(path, "Suspend")
     assert await bus.get(path, "State") == "running"
@@ -147,7 +141,7 @@ async def test_a_vmm_that_refuses(
 
 
 async def test_a_vmm_that_dies_of_a_request(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path, on={"SuspendVcpus": {"exit": 33, "silent": True}}))
+    path = await bus.run(guest(tmp_path, on={"SuspendVcpus": {"exit": 33, "silent": True}}))
     async with refused(ERROR + "ControlFailed"):
         await bus.vm(path, "Suspend")
     assert (await bus.died(path))[1:] == ["crash", 33]
@@ -171,11 +165,11 @@ async def test_silent_vmms_hold_up_nobody(
     """With 20 requests that are never answered, reads and other VMs go on; then: TimedOut."""
     bus, _ = impatient
     mute = guest(tmp_path, on={"SuspendVcpus": {"silent": True}})
-    paths = [await _running(bus, mute) for _ in range(20)]
+    paths = [await bus.run(mute) for _ in range(20)]
     asking = [asyncio.create_task(bus.vm(path, "Suspend")) for path in paths]
     for path in paths:
         assert await bus.get(path, "State") == "running"
-    other = await _running(bus, guest(tmp_path))
+    other = await bus.run(guest(tmp_path))
     await bus.vm(other, "Suspend")
     assert not any(task.done() for task in asking)
     for task in asking:
@@ -192,7 +186,7 @@ async def test_vmms_that_never_answer(impatient: tuple[Client, Service], tmp_pat
     hanging = guest(tmp_path, boot={"hang": True})
     paths = [await bus.create(kernel=hanging) for _ in range(50)]
     starts = [asyncio.create_task(bus.vm(path, "Start")) for path in paths]
-    other = await _running(bus, guest(tmp_path))
+    other = await bus.run(guest(tmp_path))
     await bus.vm(other, "Kill")
     for path, start in zip(paths, starts, strict=True):
         async with refused(ERROR + "StartFailed") as text:
@@ -209,7 +203,7 @@ async def test_vmms_that_never_answer(impatient: tuple[Client, Service], tmp_pat
 
 async def test_a_flood_on_stderr_and_a_child_that_holds_it(bus: Client, tmp_path: Path) -> None:
     noisy = guest(tmp_path, stderr_flood=8 * MIB, stderr_child=1000, then={"exit": 34})
-    path = await _running(bus, noisy)
+    path = await bus.run(noisy)
     assert await bus.vm(path, "Wait") == ["guest-panic", 34]
     assert len(await bus.get(path, "LastWords")) < 1000
 
@@ -282,8 +276,7 @@ async def test_all_of_it_at_once(bus: Client, tmp_path: Path) -> None:
     """Every key that crosvm knows, on a command line that the stand-in accepts."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    path = await _running(
-        bus,
+    path = await bus.run(
         guest(tmp_path),
         name="all.of-it_1",
         vmm="crosvm",
@@ -314,7 +307,7 @@ async def test_bios(bus: Client, tmp_path: Path) -> None:
 async def test_stop_while_a_suspend_is_under_way(bus: Client, tmp_path: Path) -> None:
     """Whoever of them is first, the guest hears that it is to end."""
     slow = guest(tmp_path, on={"SuspendVcpus": {"delay": 0.3}})
-    path = await _running(bus, slow)
+    path = await bus.run(slow)
     suspending = asyncio.create_task(bus.vm(path, "Suspend"))
     stopping = asyncio.create_task(bus.vm(path, "Stop", "t", 0))
     await stopping

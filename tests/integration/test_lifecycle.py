@@ -34,12 +34,6 @@ from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
 
 
-async def _running(bus: Client, kernel: Path, **config: Any) -> str:
-    path = await bus.create(kernel=kernel, **config)
-    await bus.vm(path, "Start")
-    return path
-
-
 async def _names(bus: Client, path: str) -> list[Any]:
     """What was signalled about a VM: the names of the changed properties, and Died."""
     return [
@@ -127,7 +121,7 @@ async def test_the_whole_life_is_told_in_order(bus: Client, tmp_path: Path) -> N
 async def test_every_end_has_its_reason(
     bus: Client, tmp_path: Path, then: dict[str, Any], reason: str, status: int
 ) -> None:
-    path = await _running(bus, guest(tmp_path, then=then))
+    path = await bus.run(guest(tmp_path, then=then))
     assert await bus.vm(path, "Wait") == [reason, status]
     assert await bus.get(path, "DeathReason") == reason
     await bus.vm(path, "Remove")
@@ -135,13 +129,13 @@ async def test_every_end_has_its_reason(
 
 async def test_a_kill_from_outside_is_not_ours(bus: Client, tmp_path: Path) -> None:
     """What the OOM killer does is told as `signal`, with nobody having asked for anything."""
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     os.kill(await bus.get(path, "Pid"), signal.SIGKILL)
     assert (await bus.died(path))[1:] == ["signal", -9]
 
 
 async def test_kill(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     pid = await bus.get(path, "Pid")
     await bus.vm(path, "Kill")
     assert await bus.get(path, "State") == "dead"
@@ -160,27 +154,27 @@ async def test_kill_of_a_vm_that_never_ran_changes_nothing(bus: Client, tmp_path
 
 
 async def test_stop(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     await bus.vm(path, "Stop", "t", 0)
     assert (await bus.died(path))[1:] == ["stopped", 0]
 
 
 async def test_stop_of_a_guest_that_ignores_it(bus: Client, tmp_path: Path) -> None:
     deaf = guest(tmp_path, on={"Powerbtn": {"ignore": True}})
-    path = await _running(bus, deaf)
+    path = await bus.run(deaf)
     await bus.vm(path, "Stop", "t", 200_000)
     assert (await bus.died(path))[1] == "killed"
 
 
 async def test_stop_without_a_power_button_uses_the_vmms_own(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path, on={"Powerbtn": {"reply": {"Err": 95}}}))
+    path = await bus.run(guest(tmp_path, on={"Powerbtn": {"reply": {"Err": 95}}}))
     await bus.vm(path, "Stop", "t", 0)
     assert (await bus.died(path))[1:] == ["stopped", 0]
 
 
 async def test_kill_ends_a_stop_that_waits(bus: Client, tmp_path: Path) -> None:
     deaf = guest(tmp_path, on={"Powerbtn": {"ignore": True}})
-    path = await _running(bus, deaf)
+    path = await bus.run(deaf)
     stopping = asyncio.create_task(bus.vm(path, "Stop", "t", 3600 * 1_000_000))
     await bus.until_state(path, "stopping")
     await bus.vm(path, "Kill")
@@ -264,7 +258,7 @@ async def test_a_kernel_that_is_none(bus: Client, tmp_path: Path) -> None:
 
 
 async def test_remove(bus: Client, service: Service, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path))
+    path = await bus.run(guest(tmp_path))
     async with refused(ERROR + "InvalidState") as text:
         await bus.vm(path, "Remove")
     assert "running" in text[0]
@@ -290,7 +284,7 @@ async def test_wait_for_a_vm_that_is_removed_first(bus: Client, tmp_path: Path) 
 
 
 async def test_collect_on_death(bus: Client, service: Service, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path), collect="on-death", name="brief")
+    path = await bus.run(guest(tmp_path), collect="on-death", name="brief")
     await bus.vm(path, "Kill")
     await bus.until(lambda m: m.member == "InterfacesRemoved" and m.body[0] == path)
     members = [m.member for m in bus.signals if m.path == path or path in plain(m.body)]
@@ -304,7 +298,7 @@ async def test_collect_on_death(bus: Client, service: Service, tmp_path: Path) -
 async def test_temporary_files_go_at_death_and_the_log_stays(
     bus: Client, service: Service, tmp_path: Path
 ) -> None:
-    path = await _running(bus, guest(tmp_path, console="hello from the guest\n"))
+    path = await bus.run(guest(tmp_path, console="hello from the guest\n"))
     own = service.runtime / "vm" / path.rpartition("/")[2]
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
     assert stat.S_ISSOCK((own / "tmp" / "control").stat().st_mode)
@@ -353,7 +347,7 @@ async def _read(stream: socket.socket, size: int) -> bytes:
 async def test_one_match_sees_every_death(bus: Client, service: Service, tmp_path: Path) -> None:
     async with client(service.rig) as listener:
         await listener.listen("interface='org.vmbus1.VirtualMachine',member='Died'")
-        paths = [await _running(bus, guest(tmp_path)) for _ in range(5)]
+        paths = [await bus.run(guest(tmp_path)) for _ in range(5)]
         await asyncio.gather(*(bus.vm(path, "Kill") for path in paths))
         for path in paths:
             assert (await listener.died(path))[1:] == ["killed", -9]
@@ -481,7 +475,7 @@ async def test_a_service_that_ends_answers_who_waits_and_leaves_its_vms(tmp_path
         async with client(rig) as caller:
             await caller.listen()
             deaf = guest(tmp_path, on={"Powerbtn": {"ignore": True}, "Exit": {"silent": True}})
-            paths = [await _running(caller, kernel) for kernel in (guest(tmp_path), deaf)]
+            paths = [await caller.run(kernel) for kernel in (guest(tmp_path), deaf)]
             pids = [await caller.get(path, "Pid") for path in paths]
             waits = [asyncio.create_task(caller.vm(path, "Wait")) for path in paths]
             await caller.get(paths[0], "State")  # and so after the waits

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,15 +48,6 @@ from vmbus.reasons import Reason
 MIB = 1 << 20
 VMMS = ["crosvm"]
 Die = Callable[[ClientVM, str, int], Awaitable[None]]
-
-
-@pytest.fixture
-def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """A bus that a test may do with as it likes."""
-    rig = Rig(system=False)
-    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", rig.address)
-    yield rig
-    rig.close()
 
 
 @pytest.fixture
@@ -111,6 +102,21 @@ class Stage:
     async def cannot_start(self, words: str) -> None:
         """The VMM says that by itself."""
 
+    async def reports(self, vm: ClientVM, name: str, value: str | int) -> None:
+        """The guest says what has this property told by itself."""
+        await self.tell(vm, name, value)
+        await self.raw.until(
+            lambda m: (
+                m.path == vm.path
+                and m.member == "PropertiesChanged"
+                and plain(m.body)[1].get(name) == value
+            )
+        )
+
+    async def tell(self, vm: ClientVM, name: str, value: str | int) -> None:
+        with await vm.open_console() as console:
+            console.sendall(_REPORTS[name, value])
+
 
 class MockStage(Stage):
     async def dies(self, vm: ClientVM, reason: str, status: int) -> None:
@@ -118,6 +124,19 @@ class MockStage(Stage):
 
     async def cannot_start(self, words: str) -> None:
         await control(self.raw, "FailNextStart", "s", words)
+
+    async def tell(self, vm: ClientVM, name: str, value: str | int) -> None:
+        kind = "s" if isinstance(value, str) else "i"
+        await control(self.raw, f"Set{name}", f"o{kind}", vm.path, value)
+
+
+#: What a guest says, by what that changes.
+_REPORTS: dict[tuple[str, str | int], bytes] = {
+    ("PayloadState", "started"): b"X_VMBUS_PAYLOAD=started\n",
+    ("StatusText", "fine"): b"STATUS=fine\n",
+    ("PayloadState", "ready"): b"READY=1\n",
+    ("PayloadExitStatus", 3): b"EXIT_STATUS=3\n",
+}
 
 
 def _shown(value: Any) -> Any:
@@ -186,6 +205,7 @@ async def _play(stage: Stage) -> list[tuple[str, Any, list[Any]]]:
     await does("read the dead", vm.properties())
     await does("remove", vm.remove())
     await _misdeeds(stage, vm, "removed")
+    await _reports(stage)
     await _ends(stage)
     await _collected(stage)
     await _raw(stage)
@@ -239,6 +259,24 @@ async def _misdeeds(stage: Stage, vm: ClientVM, when: str) -> None:
         if when not in right:
             await stage.does(f"{what}, {when}", call())
     await stage.does(f"read, {when}", vm.properties())
+
+
+async def _reports(stage: Stage) -> None:
+    """A guest that says how far it is, and has no vsock to be asked by."""
+    bus, does = stage.bus, stage.does
+    vm = await does(
+        "create one that reports", bus.create(kernel=stage.kernel(relay=True), vsock=False)
+    )
+    await does("a port before", vm.connect_vsock(1024))
+    await does("start one that reports", vm.start())
+    await does("a port", vm.connect_vsock(1024))
+    await does("a low port", vm.connect_vsock(1023))
+    for name, value in _REPORTS:
+        await does(f"reports {name} {value}", stage.reports(vm, name, value))
+        await does(f"read with {name} {value}", vm.properties())
+    await does("kill one that reports", vm.kill())
+    await does("a port after", vm.connect_vsock(1024))
+    await does("remove one that reports", vm.remove())
 
 
 async def _ends(stage: Stage) -> None:
@@ -436,21 +474,23 @@ async def test_a_start_that_fails_once(raw: Client, tmp_path: Path) -> None:
     await raw.vm(second, "Start")
 
 
-async def test_payload_states_are_there_as_soon_as_the_contract_has_them(
-    raw: Client, tmp_path: Path
-) -> None:
-    """Forward only; a contract without them has no such control."""
-    path = await raw.create(kernel=str(guest(tmp_path)))
-    await raw.vm(path, "Start")
-    properties = {each.attrib["name"] for each in documented()[VM].iterfind("property")}
-    if "PayloadState" in properties:
+async def test_a_guest_does_not_take_back_what_it_reported(raw: Client, tmp_path: Path) -> None:
+    """States go forward only, the exit status comes once, and only a VM that runs reports."""
+    path = await raw.create(kernel=guest(tmp_path))
+    async with refused("org.vmbus1.Error.InvalidState"):
         await control(raw, "SetPayloadState", "os", path, "ready")
-        await raw.until(lambda m: m.path == path and plain(m.body).count({"PayloadState": "ready"}))
-        async with refused("org.freedesktop.DBus.Error.InvalidArgs"):
-            await control(raw, "SetPayloadState", "os", path, "started")
-    else:
-        async with refused("org.vmbus1.Error.NotSupported"):
-            await control(raw, "SetPayloadState", "os", path, "ready")
+    await raw.vm(path, "Start")
+    await control(raw, "SetPayloadState", "os", path, "ready")
+    async with refused("org.freedesktop.DBus.Error.InvalidArgs"):
+        await control(raw, "SetPayloadState", "os", path, "started")
+    await control(raw, "SetPayloadState", "os", path, "finished")
+    await control(raw, "SetPayloadExitStatus", "oi", path, 3)
+    async with refused("org.freedesktop.DBus.Error.InvalidArgs"):
+        await control(raw, "SetPayloadExitStatus", "oi", path, 0)
+    assert [await raw.get(path, f"Payload{name}") for name in ("State", "ExitStatus")] == [
+        "finished",
+        3,
+    ]
 
 
 async def test_dbusmocks_own_controls_work(raw: Client, tmp_path: Path) -> None:

@@ -5,48 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.rig import (
-    CROSVM,
     ERROR,
     STANDARD_ERROR,
     Client,
-    Rig,
     Service,
-    client,
     guest,
     plain,
     refused,
 )
 from vmbus.bus.wire import Variant
 from vmbus.model.reported import TEXT_PAUSE
-
-
-@pytest.fixture
-def mortal() -> Iterator[Service]:
-    """A service on a bus of this test's own, to be killed and started anew."""
-    rig = Rig(system=False)
-    yield Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
-    rig.close()
-
-
-@pytest.fixture
-async def listener(mortal: Service) -> AsyncIterator[Client]:
-    """A client that stays on the bus, whatever becomes of the service."""
-    async with client(mortal.rig) as connected:
-        await connected.listen()
-        yield connected
-
-
-async def _running(bus: Client, kernel: Path, **config: Any) -> str:
-    path = await bus.create(kernel=str(kernel), **config)
-    await bus.vm(path, "Start")
-    return path
 
 
 def _changes(bus: Client, path: str, name: str) -> list[Any]:
@@ -103,7 +75,7 @@ async def test_whole_story_of_a_guest(bus: Client, tmp_path: Path) -> None:
 async def test_last_words_are_told_before_the_death(bus: Client, tmp_path: Path) -> None:
     """Said in the moment before it powers off, they still come first."""
     said = "READY=1\nSTATUS=bye\nEXIT_STATUS=7"
-    path = await _running(bus, guest(tmp_path, notify=said, then={"exit": 0}))
+    path = await bus.run(guest(tmp_path, notify=said, then={"exit": 0}))
     assert (await bus.died(path))[1:] == ["shutdown", 0]
     assert await _told(bus, path) == {
         "PayloadState": "finished",
@@ -117,14 +89,14 @@ async def test_last_words_are_told_before_the_death(bus: Client, tmp_path: Path)
 async def test_garbage_does_no_harm(bus: Client, tmp_path: Path) -> None:
     """Neither to the service, nor to what is said after it."""
     garbage = "STATUS=" + "x" * 20_000 + "\n=\n\0\x1b[2J\nREADY\nEXIT_STATUS=99999999999\n" * 50
-    path = await _running(bus, guest(tmp_path, notify=f"{garbage}READY=1\n"))
+    path = await bus.run(guest(tmp_path, notify=f"{garbage}READY=1\n"))
     await _until(bus, path, "PayloadState", "ready")
     assert (await _told(bus, path))["PayloadExitStatus"] == -1
     await bus.vm(path, "Kill")
 
 
 async def test_guest_that_is_not_ready_in_time(bus: Client, tmp_path: Path) -> None:
-    path = await _running(bus, guest(tmp_path), ready_timeout_usec=Variant("t", 200_000))
+    path = await bus.run(guest(tmp_path), ready_timeout_usec=Variant("t", 200_000))
     assert (await bus.died(path))[1:] == ["hangup", -9]
     assert await bus.get(path, "DeathReason") == "hangup"
     assert await bus.vm(path, "Wait") == ["hangup", -9]
@@ -132,8 +104,7 @@ async def test_guest_that_is_not_ready_in_time(bus: Client, tmp_path: Path) -> N
 
 async def test_guest_that_is_ready_in_time(bus: Client, tmp_path: Path) -> None:
     """It may end much later, and is not killed for that."""
-    path = await _running(
-        bus,
+    path = await bus.run(
         guest(tmp_path, notify="READY=1\n", then={"exit": 0, "after": 1.5}),
         ready_timeout_usec=1_000_000,
     )
@@ -142,10 +113,10 @@ async def test_guest_that_is_ready_in_time(bus: Client, tmp_path: Path) -> None:
 
 async def test_flooding_guest_disturbs_nobody(bus: Client, tmp_path: Path) -> None:
     """Others are served as before, and the bus carries but some of its texts."""
-    floods = [await _running(bus, guest(tmp_path, flood_notify=True)) for _ in range(3)]
+    floods = [await bus.run(guest(tmp_path, flood_notify=True)) for _ in range(3)]
     loop = asyncio.get_running_loop()
     began = loop.time()
-    other = await _running(bus, guest(tmp_path, notify="READY=1\n"))
+    other = await bus.run(guest(tmp_path, notify="READY=1\n"))
     await _until(bus, other, "PayloadState", "ready")
     for path in floods:
         await bus.until(lambda m, path=path: len(_changes(bus, path, "StatusText")) >= 5)
@@ -160,7 +131,7 @@ async def test_guest_reports_across_services(
 ) -> None:
     """What was said is kept; what is said while nobody listens is heard by the next service."""
     said = "READY=1\nSTATUS=before\n"
-    path = await _running(listener, guest(tmp_path, notify=said, relay=True))
+    path = await listener.run(guest(tmp_path, notify=said, relay=True))
     await _until(listener, path, "StatusText", "before")
     mortal.crash()
     keys = os.open(_temporary(mortal, path) / "console.in", os.O_WRONLY)
@@ -182,7 +153,7 @@ async def test_deadline_holds_across_services(
 ) -> None:
     """It is the same, and not a new one; who was ready in time, was."""
     kernel = guest(tmp_path, relay=True)
-    late, ready = [await _running(listener, kernel, ready_timeout_usec=3_000_000) for _ in range(2)]
+    late, ready = [await listener.run(kernel, ready_timeout_usec=3_000_000) for _ in range(2)]
     loop = asyncio.get_running_loop()
     began = loop.time()
     mortal.crash()
@@ -199,7 +170,7 @@ async def test_deadline_holds_across_services(
 
 async def test_guest_is_not_connected_to_without_a_vsock(bus: Client, tmp_path: Path) -> None:
     """And whatever the host has, some ports are nobody's to connect to."""
-    path = await _running(bus, guest(tmp_path), vsock=False)
+    path = await bus.run(guest(tmp_path), vsock=False)
     async with refused(f"{ERROR}NotSupported"):
         await bus.vm(path, "ConnectVsock", "u", 1024)
     for port in (0, 1023, 0xFFFFFFFF):

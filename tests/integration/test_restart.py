@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,6 @@ from vmbus.bus.wire import Variant
 from vmbus.vmm import pidfd as processes
 
 
-@pytest.fixture
-def mortal(rig: Rig) -> Iterator[Service]:
-    """A service of this test's own, to be killed and started anew."""
-    service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
-    yield service
-    service.close()
-
-
-@pytest.fixture
-async def listener(mortal: Service) -> AsyncIterator[Client]:
-    """A client that stays on the bus, whatever becomes of the service."""
-    async with client(mortal.rig) as connected:
-        await connected.listen()
-        yield connected
-
-
-async def _running(bus: Client, kernel: Path, **config: Any) -> str:
-    path = await bus.create(kernel=str(kernel), **config)
-    await bus.vm(path, "Start")
-    return path
-
-
 def _deaths(bus: Client) -> Counter[str]:
     return Counter(m.path or "" for m in bus.signals if m.member == "Died")
 
@@ -80,7 +58,7 @@ async def test_vm_outlives_the_service_and_is_found_again(
     listener: Client, mortal: Service, tmp_path: Path, end: str
 ) -> None:
     """Whatever is known of a VM is known to the next service, which can do all with it."""
-    path = await _running(listener, guest(tmp_path), name="survivor")
+    path = await listener.run(guest(tmp_path), name="survivor")
     before = await listener.get_all(path)
     mortal.process.send_signal(signal.Signals[end])
     mortal.process.wait(DEADLINE)
@@ -114,7 +92,7 @@ async def test_death_while_the_service_is_away_is_told_by_the_next(
     status: int,
 ) -> None:
     """Nobody watched, and nothing of the process is left that could be asked."""
-    path = await _running(listener, guest(tmp_path, then={**ending, "after": 0.3}))
+    path = await listener.run(guest(tmp_path, then={**ending, "after": 0.3}))
     ((pid, _),) = mortal.traces()
     mortal.crash()
     _until_ended(pid)
@@ -149,7 +127,7 @@ async def test_death_of_an_adopted_vm_has_its_true_reason(
 ) -> None:
     """The VMM is no child of the service any more, and still the kernel tells how it ended."""
     kernel = guest(tmp_path, on={"SuspendVcpus": ending})
-    path = await _running(listener, kernel)
+    path = await listener.run(kernel)
     mortal.crash()
     mortal.start()
     with contextlib.suppress(RemoteError):
@@ -162,7 +140,7 @@ async def test_stop_goes_on_under_the_next_service(
 ) -> None:
     """What a Stop was asked for is known, and so is how much time it has left."""
     deaf = {"ignore": True}
-    path = await _running(listener, guest(tmp_path, on={"Powerbtn": deaf, "Exit": deaf}))
+    path = await listener.run(guest(tmp_path, on={"Powerbtn": deaf, "Exit": deaf}))
     stopping = asyncio.create_task(listener.vm(path, "Stop", "t", 1_500_000))
     await listener.until_state(path, "stopping")
     mortal.crash()
@@ -199,7 +177,7 @@ async def test_vcpus_are_as_the_state_says(
     listener: Client, mortal: Service, tmp_path: Path, state: str
 ) -> None:
     """A suspended VM is found suspended, and can be resumed."""
-    path = await _running(listener, guest(tmp_path))
+    path = await listener.run(guest(tmp_path))
     await listener.vm(path, "Suspend")
     if state == "running":
         await listener.vm(path, "Resume")
@@ -245,8 +223,8 @@ async def test_requester_that_left_meanwhile_takes_its_vm_along(
     kernel = guest(tmp_path)
     async with client(mortal.rig) as stays:
         async with client(mortal.rig) as leaves:
-            gone = await _running(leaves, kernel, kill_on_disconnect=True)
-            there = await _running(stays, kernel, kill_on_disconnect=True)
+            gone = await leaves.run(kernel, kill_on_disconnect=True)
+            there = await stays.run(kernel, kill_on_disconnect=True)
             mortal.crash()
         mortal.start()
         assert (await listener.died(gone))[1] == "requester-gone"
@@ -256,7 +234,7 @@ async def test_requester_that_left_meanwhile_takes_its_vm_along(
 
 async def test_console_is_taken_up_again(listener: Client, mortal: Service, tmp_path: Path) -> None:
     """What the guest prints while nobody reads comes into the log later, as far as it is kept."""
-    path = await _running(listener, guest(tmp_path, console="before\n", echo=True))
+    path = await listener.run(guest(tmp_path, console="before\n", echo=True))
     mortal.crash()
     mortal.start()
     (stream,) = await listener.vm(path, "OpenConsole")
@@ -311,7 +289,7 @@ async def test_bus_that_goes_away_takes_no_vm_along(rig: Rig, tmp_path: Path) ->
     bus = Rig(system=False)
     service = Service(bus, {"crosvm": str(CROSVM), "kvm": "on"})
     async with client(bus) as caller:
-        await _running(caller, guest(tmp_path))
+        await caller.run(guest(tmp_path))
     traces = service.traces()
     bus.kill_bus()
     assert service.process.wait(DEADLINE) == 1
@@ -325,11 +303,11 @@ async def test_stop_all_ends_every_vm_for_the_hosts_sake(
     listener: Client, mortal: Service, tmp_path: Path
 ) -> None:
     """All at once, each in good order, and the service goes on."""
-    paths = [await _running(listener, guest(tmp_path)) for _ in range(3)]
+    paths = [await listener.run(guest(tmp_path)) for _ in range(3)]
     await listener.call(MANAGER_PATH, MANAGER, "StopAll", "t", [0])
     for path in paths:
         assert (await listener.died(path))[1:] == ["host-shutdown", 0]
-    await _running(listener, guest(tmp_path))
+    await listener.run(guest(tmp_path))
 
 
 # The worst moments
@@ -471,8 +449,8 @@ async def test_full_disk_is_told_and_harms_no_vm(
     kernel = guest(tmp_path)
     async with client(service.rig) as bus:
         await bus.listen()
-        running, ready = await _running(bus, kernel), await bus.create(kernel=kernel)
-        dies, ends = await _running(bus, kernel), await _running(bus, kernel)
+        running, ready = await bus.run(kernel), await bus.create(kernel=kernel)
+        dies, ends = await bus.run(kernel), await bus.run(kernel)
         _fill(ballast)
         for what in (bus.create(kernel=kernel), bus.vm(ready, "Start")):
             async with refused(f"{STANDARD_ERROR}Failed") as texts:
