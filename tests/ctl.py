@@ -21,11 +21,13 @@ APART = 0.3
 class Running:
     """A vmbusctl that runs until it is told to end, with pipes or with a terminal."""
 
-    def __init__(self, rig: Rig, *arguments: str, terminal: int | None = None) -> None:
+    def __init__(
+        self, rig: Rig, *arguments: str, terminal: int | None = None, **environment: str
+    ) -> None:
         ends = subprocess.PIPE if terminal is None else terminal
         self.process = subprocess.Popen(
             [*VMBUSCTL, "--user", *arguments],
-            env=rig.environment,
+            env={**rig.environment, **environment},
             stdin=ends,
             stdout=ends,
             stderr=subprocess.PIPE,
