@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import pty
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,10 +66,17 @@ async def argv(bus: Client, path: str) -> list[str]:
     return Path(f"/proc/{await bus.get(path, 'Pid')}/cmdline").read_text().split("\0")
 
 
+class Manager(Keeper):
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": str(self.path)}
+
+
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Keeper]:
-    with contextlib.closing(Keeper(tmp_path / "notify")) as keeper:
-        yield keeper
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    """A service manager, which listens."""
+    with contextlib.closing(Manager(tmp_path / "notify")) as manager:
+        yield manager
 
 
 @pytest.fixture
@@ -79,6 +88,12 @@ def mortal() -> Iterator[Service]:
 
 
 # What is declared
+
+#: As docs/declared.md has it.
+COMMANDS = """
+vmbusctl run --config web.toml
+vmbusctl create --config web.toml --name another --memory 64
+"""
 
 
 def test_the_keys_of_a_declaration_are_those_of_create() -> None:
@@ -176,6 +191,20 @@ async def test_options_win(service: Service, bus: Client, tmp_path: Path) -> Non
     (block,) = [each for each in found if each.startswith("--block=")]
     assert ",ro=false" in block
     await bus.vm(path, "Kill")
+
+
+async def test_the_commands_that_are_shown(service: Service, bus: Client, tmp_path: Path) -> None:
+    """One runs the VM and says how it ended, the other creates another of the same kind."""
+    guest(tmp_path, then={"exit": 0}).rename(tmp_path / "ends")
+    declaration = declare(tmp_path, 'kernel = "../ends"\nmemory_mib = 96\ncollect = "on-death"\n')
+    for command in COMMANDS.strip().splitlines():
+        _, *arguments = command.split()
+        done = ctl(service.rig, *arguments, cwd=declaration.parent)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "another\n"
+    path = await named(bus, "another")
+    assert await bus.get(path, "MemoryMiB") == 64
+    await bus.vm(path, "Remove")
 
 
 async def test_run_keeps_a_vm_whose_declaration_says_so(
@@ -311,6 +340,23 @@ async def test_a_vm_that_can_t_be_left_is_killed(
         assert "vmbusctl: web: died: killed (-9)" in run.rest(run.stderr)
 
 
+async def test_a_terminal_that_is_gone_stops_the_vm(
+    service: Service, bus: Client, tmp_path: Path
+) -> None:
+    """In good order, also where the guest goes on printing to nobody."""
+    guest(tmp_path, flood_console=True).rename(tmp_path / "floods")
+    declaration = declare(tmp_path, 'kernel = "../floods"')
+    user, program = pty.openpty()
+    with Running(service.rig, "run", "--config", str(declaration), terminal=program) as run:
+        os.close(program)
+        run.until(user, b"flood")
+        path = await named(bus, "web")
+        os.close(user)
+        # As the kernel does where the terminal is the session's.
+        run.process.send_signal(signal.SIGHUP)
+        assert (await bus.died(path))[1:] == ["stopped", 0]
+
+
 async def test_a_restart_of_the_service_ends_neither(mortal: Service, tmp_path: Path) -> None:
     """The next service knows whose VM it is: it lives as long as its vmbusctl, and no longer."""
     declaration = declare(tmp_path, 'kernel = "kernel"')
@@ -331,11 +377,13 @@ async def test_a_restart_of_the_service_ends_neither(mortal: Service, tmp_path: 
 # What a service manager is told
 
 
-async def test_a_service_manager_is_told(service: Service, tmp_path: Path, manager: Keeper) -> None:
+async def test_a_service_manager_is_told(
+    service: Service, tmp_path: Path, manager: Manager
+) -> None:
     """That the VM is ready when it runs, what it does, and how it died."""
     declaration = declare(tmp_path, 'kernel = "kernel"')
     arguments = ("run", "--config", str(declaration))
-    with Running(service.rig, *arguments, NOTIFY_SOCKET=str(manager.path)) as run:
+    with Running(service.rig, *arguments, environment=manager.environment) as run:
         manager.until("READY=1")
         run.process.terminate()
         assert run.status() == 0
@@ -346,13 +394,13 @@ async def test_a_service_manager_is_told(service: Service, tmp_path: Path, manag
 
 
 async def test_a_guest_that_is_to_get_ready_says_when_it_is(
-    service: Service, tmp_path: Path, manager: Keeper
+    service: Service, tmp_path: Path, manager: Manager
 ) -> None:
     """With ready_timeout_usec the guest's word is waited for, and what it says of itself shown."""
     guest(tmp_path, relay=True).rename(tmp_path / "relays")
     text = 'kernel = "../relays"\nready_timeout_usec = 600_000_000'
     arguments = ("run", "--config", str(declare(tmp_path, text)))
-    with Running(service.rig, *arguments, NOTIFY_SOCKET=str(manager.path)) as run:
+    with Running(service.rig, *arguments, environment=manager.environment) as run:
         run.type(b"STATUS=Booting\n")
         manager.until("STATUS=Booting")
         assert "READY=1" not in manager.told

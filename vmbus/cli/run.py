@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -115,7 +116,14 @@ class _Attendance:
             begin.set()
             if not self._config.get("ready_timeout_usec"):
                 self._manager.ready()
-        if await attending:
+        try:
+            left = await attending
+        except OSError as error:
+            # The terminal is gone. What becomes of the VM then is for the SIGHUP to say.
+            if error.errno != errno.EIO:
+                raise
+            left = False
+        if left:
             if not self._bound:
                 self.left = True
                 return None
@@ -151,7 +159,8 @@ class _Attendance:
     def _tell_manager(self, values: Mapping[str, Any]) -> None:
         if status := values.get("status_text") or values.get("state"):
             self._manager.status(status)
-        if values.get("payload_state") == "ready" and self._config.get("ready_timeout_usec"):
+        on_time = values.get("payload_state") in ("ready", "finished")
+        if on_time and self._config.get("ready_timeout_usec"):
             self._manager.ready()
 
     def _tell(self, death: Death | None) -> int:
