@@ -14,12 +14,16 @@ packages=(
     groff-base # the manual pages' tests
     libglib2.0-bin # gdbus
     libxml2-utils  # xmllint
+    munge # Slurm's nodes trust each other by it
     polkitd
     python3
     python3-dbus # python-dbusmock needs it, and there is no wheel of it
     python3-gi
     python3-venv
     qemu-system-x86
+    slurm-client # srun; like its daemons, idle where there is no slurm.conf
+    slurmctld
+    slurmd
     systemd # busctl, systemd-analyze
     util-linux
 )
