@@ -179,18 +179,22 @@ def test_a_vm_that_is_killed_is_run_again(machine: Machine, declare: Declare, wh
 
 
 @pytest.mark.parametrize(
-    ("script", "end"),
+    ("script", "more", "end"),
     [
-        ("poweroff -f", ("inactive", "shutdown (0)")),
-        ("echo c >/proc/sysrq-trigger; sleep 100", ("failed", "guest-panic (0)")),
+        ("poweroff -f", "", ("inactive", "shutdown (0)")),
+        ("poweroff -f", READY, ("failed", "shutdown (0)")),
+        ("echo c >/proc/sysrq-trigger; sleep 100", "", ("failed", "guest-panic (0)")),
     ],
-    ids=["poweroff", "panic"],
+    ids=["poweroff", "not ready", "panic"],
 )
 def test_the_end_of_a_guest_is_the_unit_s(
-    machine: Machine, declare: Declare, script: str, end: tuple[str, str]
+    machine: Machine, declare: Declare, script: str, more: str, end: tuple[str, str]
 ) -> None:
-    """What the guest wished for is a success, and a panic is none, which would be run again."""
-    unit = declare(script)
+    """What the guest wished for is a success, if it was ready when that was asked; a panic isn't.
+
+    A failure would be run again.
+    """
+    unit = declare(script, more)
     unit.drop_in("[Service]\nRestart=no\n")
     with machine.program("systemctl", "start", "--wait", unit.name) as unit_runs:
         unit_runs.ends()
