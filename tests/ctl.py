@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -21,11 +22,17 @@ APART = 0.3
 class Running:
     """A vmbusctl that runs until it is told to end, with pipes or with a terminal."""
 
-    def __init__(self, rig: Rig, *arguments: str, terminal: int | None = None) -> None:
+    def __init__(
+        self,
+        rig: Rig,
+        *arguments: str,
+        terminal: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         ends = subprocess.PIPE if terminal is None else terminal
         self.process = subprocess.Popen(
             [*VMBUSCTL, "--user", *arguments],
-            env=rig.environment,
+            env={**rig.environment, **(environment or {})},
             stdin=ends,
             stdout=ends,
             stderr=subprocess.PIPE,

@@ -17,6 +17,7 @@ packages=(
     libglib2.0-bin # gdbus
     libsystemd-dev
     libxml2-utils  # xmllint
+    munge # Slurm's nodes trust each other by it
     pkg-config
     polkitd
     python3
@@ -24,6 +25,9 @@ packages=(
     python3-gi
     python3-venv
     qemu-system-x86
+    slurm-client # srun; like its daemons, idle where there is no slurm.conf
+    slurmctld
+    slurmd
     systemd # busctl, systemd-analyze
     util-linux
 )

@@ -12,17 +12,18 @@ from ..client import VM, VMBus
 from . import exits
 from .common import Options, command, connect, name_argument, names_argument, progress, say
 from .failures import EXPECTED, Failure, explain
-from .spec import config_of, config_options
+from .spec import Wanted, config_options
 from .text import clean, print_json
 
 
 @command()
 @config_options
 @click.option("--collect", is_flag=True, help="Forget the VM when it dies.")
-async def create(options: Options, collect: bool, **config: Any) -> None:
+async def create(options: Options, collect: bool, **asked: Any) -> None:
     """Create a VM and print its name. It is not started."""
+    wanted = Wanted(collect=collect or None, **asked)
     async with connect(options) as bus:
-        vm = await (await bus.create(**config_of(config, collect=collect))).properties()
+        vm = await (await wanted.create(bus)).properties()
     if options.json:
         print_json({"id": vm.id, "name": vm.name, "cid": vm.cid, "path": vm.path})
     else:

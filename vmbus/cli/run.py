@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import click
 
-from ..client import VM, VMBus
+from ..client import VM, Config, VMBus
 from ..errors import InvalidState, StartFailed, UnknownObject
 from ..events import Changed, Death, Died, Events
+from ..systemd.notify import Manager
 from . import exits
 from .comeback import GONE, Comeback, console_again
 from .common import Ended, Options, command, connect, hear_signals, say
 from .console import Joint
 from .failures import EXPECTED, explain
-from .spec import config_of, config_options
+from .spec import Wanted, config_options
 from .terminal import takes_keys
 from .text import clean
 
@@ -30,19 +32,29 @@ _T = TypeVar("_T")
 
 @command(epilog="\b\n" + exits.table())
 @config_options
-@click.option("--collect/--keep", default=True, help="Forget the VM when it ends, or keep it.")
-async def run(options: Options, collect: bool, **config: Any) -> int:
+@click.option(
+    "--collect/--keep", default=None, help="Forget the VM when it ends, as by default, or keep it."
+)
+async def run(options: Options, **asked: Any) -> int:
     """Create a VM and run it in the foreground, joined to its console.
 
     At a terminal all keys go to the guest, and ^] leaves the VM running by itself. Otherwise
-    stdin is copied to the guest.
+    stdin is copied to the guest, and the VM ends with vmbusctl, even if that is killed.
 
     SIGTERM stops the VM in good order, a second one kills it; so does SIGINT. When the service is
     restarted meanwhile, the VM is attended again.
+
+    A service manager is told when the VM runs; or, if the guest has a time to get ready in, when it
+    says that it is.
     """
+    wanted = Wanted(**asked)
+    config = wanted.config
+    collect = config.setdefault("collect", "on-death") == "on-death"
+    # With nobody to leave it, a VM that goes on without us would be forgotten by all.
+    config.setdefault("kill_on_disconnect", not takes_keys())
     async with connect(options) as bus:
-        vm = await bus.create(**config_of(config, collect=collect))
-        attendance = _Attendance(options, bus, vm)
+        vm = await wanted.create(bus)
+        attendance = _Attendance(options, bus, vm, config)
         try:
             return await attendance.run()
         except EXPECTED as error:
@@ -57,13 +69,15 @@ async def run(options: Options, collect: bool, **config: Any) -> int:
 class _Attendance:
     """One VM and its console, while vmbusctl is there."""
 
-    def __init__(self, options: Options, bus: VMBus, vm: VM) -> None:
+    def __init__(self, options: Options, bus: VMBus, vm: VM, config: Config) -> None:
         self.name = vm.path
         #: Whether the user has left the VM to itself.
         self.left = False
         self._options = options
         self._bus = bus
         self._vm = vm
+        self._config = config
+        self._manager = Manager.from_environment()
         self._service = Comeback(self.name)
         self._last_words = ""
         self._death: Death | None = None
@@ -89,6 +103,7 @@ class _Attendance:
                 return self._tell(await living)
         finally:
             await self._end_tasks()
+            self._manager.close()
 
     async def _live(self, begin: asyncio.Event, attending: asyncio.Task[bool]) -> Death | None:
         # Asked for before Start, since a VM that is collected can't be asked after its death.
@@ -96,12 +111,29 @@ class _Attendance:
         with contextlib.suppress(StartFailed):
             await self._vm.start()
             if takes_keys():
-                say(f"vmbusctl: {clean(self.name)}: runs; ^] leaves it running by itself")
+                how = "kills it" if self._bound else "leaves it running by itself"
+                say(f"vmbusctl: {clean(self.name)}: runs; ^] {how}")
             begin.set()
-        if await attending:
-            self.left = True
-            return None
+            if not self._config.get("ready_timeout_usec"):
+                self._manager.ready()
+        try:
+            left = await attending
+        except OSError as error:
+            # The terminal is gone. What becomes of the VM then is for the SIGHUP to say.
+            if error.errno != errno.EIO:
+                raise
+            left = False
+        if left:
+            if not self._bound:
+                self.left = True
+                return None
+            await self._service.insist(self._vm.kill)
         return await death
+
+    @property
+    def _bound(self) -> bool:
+        """Whether the VM can't go on without us."""
+        return bool(self._config.get("kill_on_disconnect"))
 
     async def _console_again(self) -> socket.socket | None:
         return await console_again(self._vm, self._service)
@@ -120,8 +152,16 @@ class _Attendance:
             self._service.heard(event)
             if isinstance(event, Changed) and event.path == self._vm.path:
                 self._last_words = event.values.get("last_words", self._last_words)
+                self._tell_manager(event.values)
             elif isinstance(event, Died) and event.path == self._vm.path:
                 self._death = event.death
+
+    def _tell_manager(self, values: Mapping[str, Any]) -> None:
+        if status := values.get("status_text") or values.get("state"):
+            self._manager.status(status)
+        on_time = values.get("payload_state") in ("ready", "finished")
+        if on_time and self._config.get("ready_timeout_usec"):
+            self._manager.ready()
 
     def _tell(self, death: Death | None) -> int:
         if death is None:
@@ -129,6 +169,7 @@ class _Attendance:
             return 0
         status = exits.exit_status(death.reason)
         words = self._last_words if status else ""
+        self._manager.status(f"died: {death.reason} ({death.status})")
         if self._options.json:
             told = {"name": self.name, "reason": death.reason, "status": death.status}
             say(json.dumps({**told, "last_words": words}))

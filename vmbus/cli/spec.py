@@ -1,7 +1,8 @@
-"""The options that say what a VM is made of, as create and run take them."""
+"""What a VM is made of, as create and run are told: by options, and by a file."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,8 @@ from typing import Any, cast
 import click
 from click.shell_completion import CompletionItem
 
-from ..client import Config, Disk, Net, SharedDir
+from ..client import VM, Config, Disk, Net, SharedDir, VMBus
+from .declared import Declaration
 
 
 def _disks(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Disk]:
@@ -88,7 +90,19 @@ def _microseconds(_: click.Context, __: click.Parameter, seconds: float | None) 
 
 _FILE = click.Path(dir_okay=False)
 _OPTIONS = (
-    click.option("--name", "vm_name", metavar="NAME", help="Name of the VM.  [default: vm-ID]"),
+    click.option(
+        "--config",
+        "file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="What the VM is made of, in TOML, where no option says otherwise.",
+    ),
+    click.option(
+        "--name",
+        "vm_name",
+        metavar="NAME",
+        help="Name of the VM.  [default: that of the file, or else vm-ID]",
+    ),
     click.option("--vmm", type=click.Choice(["auto", "crosvm", "qemu"]), help="Who runs it."),
     click.option("--kernel", type=_FILE, metavar="FILE", help="Kernel to boot."),
     click.option("--initrd", type=_FILE, metavar="FILE", help="Initial RAM disk of the kernel."),
@@ -160,7 +174,20 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def config_of(arguments: dict[str, Any], *, collect: bool) -> Config:
-    """The config that these options gave."""
-    config = {"name" if key == "vm_name" else key: value for key, value in arguments.items()}
-    return cast(Config, {**config, "collect": "on-death" if collect else None})
+class Wanted:
+    """A VM that is asked for: by options, else by the file of --config, else by default."""
+
+    def __init__(self, file: Path | None, collect: bool | None, **options: Any) -> None:
+        """Raises Failure. collect: whether to forget it when it dies, if that was said."""
+        self._declaration = Declaration(file) if file else None
+        options["name"] = options.pop("vm_name")
+        if collect is not None:
+            options["collect"] = "on-death" if collect else "manual"
+        given = {key: value for key, value in options.items() if value not in (None, [])}
+        declared = self._declaration.config if self._declaration else {}
+        self.config = cast(Config, {**declared, **given})
+
+    async def create(self, bus: VMBus) -> VM:
+        """Raises Failure where the file is to blame, else what VMBus.create does."""
+        with self._declaration.blamed() if self._declaration else contextlib.nullcontext():
+            return await bus.create(**self.config)
