@@ -422,7 +422,12 @@ class Client:
 
     async def until_state(self, path: str, state: str) -> None:
         """Wait for a PropertiesChanged that says so."""
-        await self.until(lambda m: m.path == path and plain(m.body).count({"State": state}))
+
+        def says_so(message: Message) -> bool:
+            dicts = [each for each in plain(message.body) if isinstance(each, dict)]
+            return message.path == path and any(each.get("State") == state for each in dicts)
+
+        await self.until(says_so)
 
     async def until_stopping(self, path: str) -> None:
         """Wait until the VM is said to be about to end."""

@@ -351,6 +351,8 @@ async def test_a_terminal_that_is_gone_stops_the_vm(
         os.close(program)
         run.until(user, b"flood")
         path = await named(bus, "web")
+        # It prints before its VMM has answered, and a Stop that early would kill it.
+        await bus.until_state(path, "running")
         os.close(user)
         # As the kernel does where the terminal is the session's.
         run.process.send_signal(signal.SIGHUP)
