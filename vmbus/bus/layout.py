@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 #: Largest message that is sent, or read as a reply: what the reference bus takes by default.
 MAX_MESSAGE = 32 * 1024 * 1024
@@ -22,6 +22,7 @@ UNIX_FDS = 9
 #: How deep containers may stand in each other, in a signature and in values, as the bus has it.
 MAX_DEPTH = 64
 _MAX_SIGNATURE = 255
+_ORDINARY = 32
 #: Longest name in a header, in bytes; a path may be of any length.
 MAX_NAME = 255
 
@@ -32,6 +33,7 @@ _BASIC = frozenset((*NUMBERS, "b", "s", "o", "g"))
 HEADER_TYPES = " osssussgu"
 #: What a message of each kind must have: path, interface, member, error name, reply serial.
 REQUIRED = {1: {1, 3}, 2: {5}, 3: {4, 5}, 4: {1, 2, 3}}
+_T = TypeVar("_T")
 #: A complete type: its letter, and for a container the types within.
 Type = tuple[str, tuple[Any, ...]]
 _SIMPLE: dict[str, Type] = {letter: (letter, ()) for letter in (*_BASIC, "v")}
@@ -62,7 +64,21 @@ def nesting(kind: Type) -> int:
     return 1 + max(map(nesting, inner)) if inner else 0
 
 
-@functools.lru_cache(maxsize=256)
+def remembered(make: Callable[..., _T]) -> Callable[..., _T]:
+    """Remember what is made of a signature, unless it is longer than any that vmbus needs.
+
+    Others' signatures come and go without end, and what is made of them takes memory.
+    """
+    known = functools.lru_cache(maxsize=256)(make)
+
+    @functools.wraps(make)
+    def get(signature: str, *rest: str) -> _T:
+        return (known if len(signature) <= _ORDINARY else make)(signature, *rest)
+
+    return get
+
+
+@remembered
 def types_of(signature: str) -> tuple[Type, ...]:
     """The complete types of a signature. Raises LayoutError."""
     if len(signature) > _MAX_SIGNATURE:

@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import layout
-from .layout import HEADER_TYPES, MAX_NAME, NUMBERS, REQUIRED, Type, Variant, alignment, types_of
+from .layout import (
+    HEADER_TYPES,
+    MAX_NAME,
+    NUMBERS,
+    REQUIRED,
+    Type,
+    Variant,
+    alignment,
+    remembered,
+    types_of,
+)
 
 _LITTLE_ENDIAN, _PROTOCOL = ord("l"), 1
 _PADDING = tuple(map(bytes, range(8)))
@@ -106,7 +116,7 @@ def body(signature: str, values: Sequence[Any]) -> bytes:
     return bytes(out)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered
 def _writers(signature: str) -> tuple[_Write, ...]:
     return tuple(map(_writer, types_of(signature)))
 

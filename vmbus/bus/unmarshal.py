@@ -8,7 +8,6 @@ IndexError or UnicodeDecodeError.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from .layout import (
     Variant,
     alignment,
     nesting,
+    remembered,
     types_of,
 )
 
@@ -35,10 +35,14 @@ _MAX_VARIETY = 1024
 _UNREADABLE = (LayoutError, struct.error, IndexError, UnicodeDecodeError)
 
 
-class _Source:
-    """The bytes of a message, and what its variants may still be."""
+#: Reads a value that may begin at a place, or after its padding; gives it, and where it ends.
+_Read = Callable[["_Source", int], tuple[Any, int]]
 
-    __slots__ = ("_room", "_variety", "data", "depth", "order")
+
+class _Source:
+    """The bytes of a message, and what its variants have been and may still be."""
+
+    __slots__ = ("_known", "_room", "data", "depth", "order")
 
     def __init__(self, data: bytes) -> None:
         if len(data) < FIXED_HEADER or data[0] not in b"lB":
@@ -46,26 +50,25 @@ class _Source:
         self.data = data
         self.order = "<" if data[0] == ord("l") else ">"
         self.depth = 0
-        self._variety: set[str] = set()
+        self._known: dict[str, tuple[_Read, int]] = {}
         self._room = _MAX_VARIETY
 
     def number(self, at: int) -> int:
         """The u that is there, aligned."""
         return int(_UINT[self.order](self.data, at)[0])
 
-    def type_at(self, at: int) -> tuple[str, int]:
-        """A variant's signature, and where the value begins that it is for."""
-        signature, at = _signature(self, at)
-        if signature not in self._variety:
-            self._variety.add(signature)
+    def type_at(self, at: int) -> tuple[str, int, _Read, int]:
+        """A variant's signature, where its value begins, what reads that, and how deep it is."""
+        signature, at = _short_text(self, at)
+        known = self._known.get(signature)
+        if known is None:
             self._room -= len(signature)
             if self._room < 0:
                 raise LayoutError("variants of too many types")
-        return signature, at
+            known = self._known[signature] = _reader(signature, self.order)
+        return signature, at, *known
 
 
-#: Reads a value that may begin at a place, or after its padding; gives it, and where it ends.
-_Read = Callable[[_Source, int], tuple[Any, int]]
 _UINT = {order: struct.Struct(order + "I").unpack_from for order in "<>"}
 
 
@@ -119,12 +122,12 @@ def long_text(data: bytes) -> tuple[int, int] | None:
     try:
         while True:
             at += -at & 7
-            signature, at = source.type_at(at + 1)
+            signature, at, reader, _ = source.type_at(at + 1)
             if signature in ("s", "o"):
                 at += -at & 3
                 if (size := source.number(at)) > MAX_NAME:
                     return at, size
-            _, at = _reader(signature, source.order)[0](source, at)
+            _, at = reader(source, at)
     except _UNREADABLE:
         return None
 
@@ -136,8 +139,8 @@ def _header(source: _Source) -> Iterator[tuple[int, Any]]:
     while at < end:
         at += -at & 7
         code = source.data[at]
-        signature, at = source.type_at(at + 1)
-        value, at = _reader(signature, source.order)[0](source, at)
+        signature, at, reader, _ = source.type_at(at + 1)
+        value, at = reader(source, at)
         if 0 < code < len(HEADER_TYPES):
             if signature != HEADER_TYPES[code]:
                 raise LayoutError("a header field of the wrong type")
@@ -146,13 +149,12 @@ def _header(source: _Source) -> Iterator[tuple[int, Any]]:
         raise LayoutError("a header that ends within a field")
 
 
-# Others' types come and go, so what is remembered is bounded.
-@functools.lru_cache(maxsize=128)
+@remembered
 def _readers(signature: str, order: str) -> tuple[_Read, ...]:
     return tuple(_make(kind, order) for kind in types_of(signature))
 
 
-@functools.lru_cache(maxsize=128)
+@remembered
 def _reader(signature: str, order: str) -> tuple[_Read, int]:
     """What reads a variant's value, and how deep that may be."""
     kinds = types_of(signature)
@@ -201,18 +203,21 @@ def _text(order: str) -> _Read:
     return read
 
 
-def _signature(source: _Source, at: int) -> tuple[str, int]:
+def _short_text(source: _Source, at: int) -> tuple[str, int]:
     end = at + 1 + source.data[at]
     if end >= len(source.data):
         raise LayoutError("a signature goes beyond the end")
-    signature = str(source.data[at + 1 : end], "utf-8")
+    return str(source.data[at + 1 : end], "utf-8"), end + 1
+
+
+def _signature(source: _Source, at: int) -> tuple[str, int]:
+    signature, at = _short_text(source, at)
     types_of(signature)
-    return signature, end + 1
+    return signature, at
 
 
 def _variant(source: _Source, at: int) -> tuple[Variant, int]:
-    signature, at = source.type_at(at)
-    reader, deeper = _reader(signature, source.order)
+    signature, at, reader, deeper = source.type_at(at)
     source.depth += 1 + deeper
     if source.depth > MAX_DEPTH:
         raise LayoutError("containers stand too deep in each other")
