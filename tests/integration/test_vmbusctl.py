@@ -10,21 +10,17 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.contract import documented
-from tests.ctl import VMBUSCTL, Running
+from tests.ctl import VMBUSCTL, Ctl, Running
 from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, VM, Client, Rig, Service, guest
 from vmbus.bus.connection import RemoteError
 
 MIB = 1 << 20
-
-Done = subprocess.CompletedProcess[str]
-Ctl = Callable[..., Done]
 
 #: How a guest ends; the reason; the exit status of run and of wait.
 ENDS: list[tuple[dict[str, Any], str, int]] = [
@@ -38,26 +34,6 @@ ENDS: list[tuple[dict[str, Any], str, int]] = [
     ({"then": {"signal": signal.SIGKILL}}, "signal", 31),
 ]
 by_end = pytest.mark.parametrize(("directives", "reason", "code"), ENDS)
-
-
-def _ctl(rig: Rig, *arguments: str, code: int = 0, **options: Any) -> Done:
-    options.setdefault("stdin", subprocess.DEVNULL)
-    done = rig.command(*VMBUSCTL, "--user", *arguments, **options)
-    assert done.returncode == code, (arguments, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.fixture
-def ctl(service: Service) -> Ctl:
-    """Run vmbusctl to its end, with an exit status that is expected."""
-    return lambda *arguments, **options: _ctl(service.rig, *arguments, **options)
-
-
-@pytest.fixture
-def name(tmp_path: Path) -> str:
-    """A name that no other test has for its VM."""
-    return tmp_path.name.replace("_", "-")[-40:].lstrip("-")
 
 
 async def _running(bus: Client, kernel: Path, **config: Any) -> str:

@@ -10,7 +10,7 @@ import click
 
 from ..client import VM, VMBus
 from . import exits
-from .common import Options, command, connect, name_argument, names_argument, progress, say
+from .common import Options, command, connect, find, name_argument, names_argument, progress, say
 from .failures import EXPECTED, Failure, explain
 from .spec import config_of, config_options
 from .text import clean, print_json
@@ -93,8 +93,8 @@ async def remove(options: Options, names: tuple[str, ...]) -> int:
 @name_argument
 async def wait(options: Options, name: str) -> int:
     """Wait until a VM has died, and print why."""
-    async with connect(options) as bus:
-        death = await (await bus.vm(name)).wait()
+    async with connect(options, asks=False) as bus:
+        death = await (await find(bus, name)).wait()
     if options.json:
         print_json({"name": name, "reason": death.reason, "status": death.status})
     else:
@@ -121,7 +121,7 @@ async def _one(
     options: Options, bus: VMBus, name: str, act: Callable[[VM], Awaitable[None]]
 ) -> Failure | None:
     try:
-        await act(await bus.vm(name))
+        await act(await find(bus, name))
     except EXPECTED as error:
         return explain(name, error, user=options.user)
     return None

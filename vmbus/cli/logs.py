@@ -13,7 +13,7 @@ import click
 from ..client import VM
 from ..errors import InvalidState
 from .comeback import GONE, Comeback, comeback, console_again
-from .common import Options, command, connect, name_argument, say
+from .common import Options, command, connect, find, name_argument, say
 from .tame import AsIs, Lines, Printer, Tame
 from .terminal import STDOUT, write
 from .text import clean
@@ -37,7 +37,7 @@ async def logs(options: Options, name: str, lines: int | None, follow: bool) -> 
     """
     printer = Lines() if options.json else Tame() if os.isatty(STDOUT) else AsIs()
     async with connect(options) as bus, comeback(bus, name) as service:
-        vm = await bus.vm(name)
+        vm = await find(bus, name)
         if follow:
             await _Follower(vm, service, printer).follow(lines)
         else:

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
+from ..client import About
 from ..events import Added, Changed, Died, Event, Removed, ServiceChanged, Snapshot
-from .common import Options, command, connect, name_argument
+from .common import Options, command, complete_names, connect, find
 from .size import size_text
 from .text import ago, clean, moment, print_json, print_json_line, print_table, user_name
 
@@ -22,7 +23,7 @@ _HEADER = ("ID", "NAME", "STATE", "VMM", "CID", "MEMORY", "CPUS", "USER")
 @command(name="list")
 async def list_command(options: Options) -> None:
     """Show all VMs."""
-    async with connect(options) as bus:
+    async with connect(options, asks=False) as bus:
         vms = await bus.vms()
     if options.json:
         print_json([asdict(vm) for vm in vms])
@@ -37,22 +38,36 @@ def _row(vm: Snapshot) -> list[str]:
 
 
 @command()
-@name_argument
-async def status(options: Options, name: str) -> None:
-    """Show one VM in full."""
-    async with connect(options) as bus:
-        found = await bus.vm(name)
+@click.argument("name", required=False, shell_complete=complete_names)
+async def status(options: Options, name: str | None) -> None:
+    """Show one VM in full, or without NAME the service."""
+    async with connect(options, asks=False) as bus:
+        if name is None:
+            about = await bus.about()
+            _show(options, about, "vmbus", _about(about))
+            return
+        found = await find(bus, name)
         vm = await found.properties()
         if vm.pid:
             vm = replace(vm, memory_actual=await found.memory_actual())
+    _show(options, vm, f"VM {vm.id}: {vm.name}", _details(vm))
+
+
+def _show(
+    options: Options, what: Snapshot | About, title: str, lines: list[tuple[str, str]]
+) -> None:
     if options.json:
-        print_json(asdict(vm))
+        print_json(asdict(what))
         return
-    click.echo(f"VM {vm.id}: {clean(vm.name)}")
-    lines = _details(vm)
+    click.echo(clean(title))
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         click.echo(f"{label:>{width}}: {clean(value)}")
+
+
+def _about(about: About) -> list[tuple[str, str]]:
+    vmms = ", ".join(about.available_vmms) or "none, or not known yet"
+    return [("Version", about.version), ("VMMs", vmms), ("VMs", str(about.vm_count))]
 
 
 def _details(vm: Snapshot) -> list[tuple[str, str]]:
@@ -92,7 +107,7 @@ def _since(vm: Snapshot) -> int:
 @command()
 async def monitor(options: Options) -> None:
     """Show what happens to VMs, as it happens, until ^C."""
-    async with connect(options) as bus, await bus.events() as events:
+    async with connect(options, asks=False) as bus, await bus.events() as events:
         names = {vm.path: vm.name for vm in await bus.vms()} if await bus.running() else {}
         # A signal is this command's ordinary end.
         with contextlib.suppress(asyncio.CancelledError):
