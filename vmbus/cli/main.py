@@ -10,7 +10,7 @@ import sys
 import click
 
 from .. import __version__
-from . import act, console, exits, logs, remote, run, show, tune
+from . import act, console, exits, logs, monitor, remote, run, show, tune, vsock, wait
 from .common import Ended, Options, global_options, say
 from .failures import Failure
 from .text import clean
@@ -39,7 +39,7 @@ def _store_host(context: click.Context, parameter: click.Parameter, host: str | 
     cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="NAME is the name of a VM, its id, or its object path.",
+    epilog="NAME is the name of a VM, its id, its object path, or cid:N by its vsock.",
 )
 @click.option(
     "-H",
@@ -60,7 +60,7 @@ def cli(context: click.Context) -> None:
         context.exit(exits.MISUSED)
 
 
-for _module in (show, act, run, console, logs, tune):
+for _module in (show, monitor, act, run, wait, console, logs, vsock, tune):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -13,9 +13,10 @@ from .text import print_json
 @name_argument
 @click.argument("size", type=parse_size, required=False)
 async def memory(options: Options, name: str, size: int | None) -> None:
-    """Print how much memory the guest of a VM has, or tell its balloon how much to leave it.
+    """Print how much memory a guest has, or set it.
 
-    SIZE is in bytes, or has a suffix: 512M, 2GiB. The guest takes its time to follow.
+    With SIZE its balloon is told how much to leave it; SIZE is in bytes, or has a suffix: 512M,
+    2GiB. The guest takes its time to follow.
     """
     async with connect(options) as bus:
         vm = await find(bus, name)
