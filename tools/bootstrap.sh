@@ -22,6 +22,7 @@ packages=(
     qemu-system-x86
     systemd # busctl, systemd-analyze
     util-linux
+    zsh # its completion's tests
 )
 if [[ ${1-} == bench ]]; then
     packages+=(
