@@ -18,7 +18,8 @@ from tests.ctl import Running
 from tests.rig import CROSVM, Client, Rig, Service, client, guest
 
 ENTER, LEAVE, SHOW_CURSOR = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
-ENVIRONMENT = {"TERM": "xterm-256color"}
+#: Where the environment says how large a terminal is, that is believed.
+ENVIRONMENT = {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}
 
 
 def resize(terminal: int, rows: int, columns: int) -> None:
