@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import polkit
+from tests.ctl import Ctl, vmbusctl
 from tests.rig import CROSVM, ROOT, Client, Rig, Service, client
 
 # Wherever the tests are run from.
@@ -82,6 +83,18 @@ async def listener(mortal: Service) -> AsyncIterator[Client]:
     async with client(mortal.rig) as connected:
         await connected.listen()
         yield connected
+
+
+@pytest.fixture
+def ctl(service: Service) -> Ctl:
+    """Run vmbusctl to its end, with an exit status that is expected."""
+    return lambda *arguments, **options: vmbusctl(service.rig, *arguments, **options)
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> str:
+    """A name that no other test has for its VM."""
+    return tmp_path.name.replace("_", "-")[-40:].lstrip("-")
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,58 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tests.rig import DEADLINE, Rig
 
+_PYTHON = (sys.executable, "-W", "error", "-c")
 #: Warnings count as failures, on stderr for all to see.
-VMBUSCTL = (sys.executable, "-W", "error", "-c", "from vmbus.cli import main; main()")
+VMBUSCTL = (*_PYTHON, "from vmbus.cli import main; main()")
+#: The same of the user nobody, who may not be able to reach our Python before it runs.
+NOBODY = 65534
+OF_NOBODY = (
+    *_PYTHON,
+    "import os; from vmbus.cli import main; os.setgroups([]); "
+    f"os.setresgid(*[{NOBODY}] * 3); os.setresuid(*[{NOBODY}] * 3); main()",
+)
 #: Signals that come closer to each other are one (vmbus.cli.common).
 APART = 0.3
+
+
+Done = subprocess.CompletedProcess[str]
+Ctl = Callable[..., Done]
+
+
+def vmbusctl(
+    rig: Rig,
+    *arguments: str,
+    code: int = 0,
+    environment: Mapping[str, str] | None = None,
+    program: tuple[str, ...] = VMBUSCTL,
+    **options: Any,
+) -> Done:
+    """Run it to its end, with an exit status that is expected."""
+    options.setdefault("stdin", subprocess.DEVNULL)
+    given = [f"{name}={value}" for name, value in (environment or {}).items()]
+    done = rig.command("env", *given, *program, *_bus(rig), *arguments, **options)
+    assert done.returncode == code, (arguments, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def _bus(rig: Rig) -> list[str]:
+    return [] if rig.system else ["--user"]
+
+
+def on_path(directory: Path, **programs: str) -> dict[str, str]:
+    """The PATH on which these scripts are, and what is on ours."""
+    for name, text in programs.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    return {"PATH": f"{directory}:{os.environ['PATH']}"}
 
 
 class Running:
@@ -28,10 +70,11 @@ class Running:
         *arguments: str,
         terminal: int | None = None,
         environment: Mapping[str, str] | None = None,
+        program: tuple[str, ...] = VMBUSCTL,
     ) -> None:
         ends = subprocess.PIPE if terminal is None else terminal
         self.process = subprocess.Popen(
-            [*VMBUSCTL, "--user", *arguments],
+            [*program, *_bus(rig), *arguments],
             env={**rig.environment, **(environment or {})},
             stdin=ends,
             stdout=ends,

@@ -254,6 +254,14 @@ mine.recv(1)
 """
 
 
+def subject_of(pid: int, uid: int) -> list[Any]:
+    """A process, as polkit calls it."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    started = int(after_name.split()[19])
+    details = {"pid": Variant("u", pid), "start-time": Variant("t", started)}
+    return ["unix-process", {**details, "uid": Variant("i", uid)}]
+
+
 class Caller(Client):
     """A client that the bus takes for a process of its own, of any user."""
 
@@ -269,10 +277,7 @@ class Caller(Client):
     @property
     def subject(self) -> list[Any]:
         """Its process, as polkit calls it."""
-        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2]
-        started = int(after_name.split()[19])
-        details = {"pid": Variant("u", self.process.pid), "start-time": Variant("t", started)}
-        return ["unix-process", {**details, "uid": Variant("i", self.uid)}]
+        return subject_of(self.process.pid, self.uid)
 
     async def call(self, *what: Any, interactive: bool | None = None, **options: Any) -> list[Any]:
         """See Client.call. An error reply is a RemoteError, whose `name` is the error's."""

@@ -30,6 +30,7 @@ packages=(
     slurmd
     systemd # busctl, systemd-analyze
     util-linux
+    zsh # its completion's tests
 )
 if [[ ${1-} == bench ]]; then
     packages+=(

@@ -17,7 +17,6 @@ import pytest
 from tests.ctl import VMBUSCTL, Running
 from tests.integration.test_kept import Keeper
 from tests.rig import (
-    CROSVM,
     ERROR,
     MANAGER,
     MANAGER_PATH,
@@ -77,14 +76,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     """A service manager, which listens."""
     with contextlib.closing(Manager(tmp_path / "notify")) as manager:
         yield manager
-
-
-@pytest.fixture
-def mortal() -> Iterator[Service]:
-    """A service on a bus of this test's own, to be killed and started anew."""
-    rig = Rig(system=False)
-    yield Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
-    rig.close()
 
 
 # What is declared

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import re
 import select
 import signal
+import socket
 import subprocess
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.contract import documented
-from tests.ctl import VMBUSCTL, Running
+from tests.ctl import VMBUSCTL, Ctl, Running, vmbusctl
 from tests.rig import DEADLINE, MANAGER, MANAGER_PATH, VM, Client, Rig, Service, guest
 from vmbus.bus.connection import RemoteError
 
 MIB = 1 << 20
-
-Done = subprocess.CompletedProcess[str]
-Ctl = Callable[..., Done]
 
 #: How a guest ends; the reason; the exit status of run and of wait.
 ENDS: list[tuple[dict[str, Any], str, int]] = [
@@ -38,26 +37,6 @@ ENDS: list[tuple[dict[str, Any], str, int]] = [
     ({"then": {"signal": signal.SIGKILL}}, "signal", 31),
 ]
 by_end = pytest.mark.parametrize(("directives", "reason", "code"), ENDS)
-
-
-def _ctl(rig: Rig, *arguments: str, code: int = 0, **options: Any) -> Done:
-    options.setdefault("stdin", subprocess.DEVNULL)
-    done = rig.command(*VMBUSCTL, "--user", *arguments, **options)
-    assert done.returncode == code, (arguments, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.fixture
-def ctl(service: Service) -> Ctl:
-    """Run vmbusctl to its end, with an exit status that is expected."""
-    return lambda *arguments, **options: _ctl(service.rig, *arguments, **options)
-
-
-@pytest.fixture
-def name(tmp_path: Path) -> str:
-    """A name that no other test has for its VM."""
-    return tmp_path.name.replace("_", "-")[-40:].lstrip("-")
 
 
 async def _running(bus: Client, kernel: Path, **config: Any) -> str:
@@ -123,6 +102,53 @@ async def test_status(ctl: Ctl, bus: Client, tmp_path: Path, name: str) -> None:
     assert "State: dead since" in text
     assert "Reason: killed (status -9)" in text
     assert ", now " not in text
+
+
+async def test_status_of_the_service(ctl: Ctl, bus: Client) -> None:
+    """Without a name it is the service that is shown."""
+    told = json.loads(ctl("--json", "status").stdout)
+    assert told["version"] == await bus.get(MANAGER_PATH, "Version")
+    assert told["available_vmms"] == await bus.get(MANAGER_PATH, "AvailableVMMs")
+    assert told["vm_count"] == await bus.get(MANAGER_PATH, "VMCount")
+    assert f"Version: {told['version']}\n" in ctl("status").stdout
+
+
+async def test_vm_by_its_cid(ctl: Ctl, bus: Client, tmp_path: Path, name: str) -> None:
+    """A name can't be taken for one, having no colon; nor a number that is too large for one."""
+    path = await bus.create(kernel=guest(tmp_path), name=name)
+    cid = await bus.get(path, "CID")
+    assert json.loads(ctl("--json", "status", f"cid:{cid}").stdout)["path"] == path
+    for nobody in ("cid:2", f"cid:{1 << 32}", "cid:x"):
+        assert "no VM" in ctl("status", nobody, code=1).stderr
+
+
+#: Colours of letters, as a terminal is told them.
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*3\d[;m]")
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+async def test_terminal_shows_states_and_reasons_in_colours(
+    service: Service,
+    bus: Client,
+    tmp_path: Path,
+    name: str,
+    terminal: tuple[int, int],
+    environment: dict[str, str],
+    coloured: bool,
+) -> None:
+    """Unless its user wants none; a pipe has none."""
+    path = await _running(bus, guest(tmp_path, then={"exit": 34}), name=name)
+    await bus.died(path)
+    environment = {"TERM": "xterm-256color", "COLUMNS": "200", **environment}
+    with Running(service.rig, "list", terminal=terminal[1], environment=environment) as listing:
+        assert listing.status() == 0
+        shown = listing.until(terminal[0], name.encode()).decode()
+        shown = listing.until(terminal[0], b"guest-panic").decode()
+    assert bool(COLOUR.search(shown)) == coloured
+    plain = vmbusctl(service.rig, "list", environment=environment).stdout
+    assert "\x1b" not in plain
+    (row,) = (line.split() for line in plain.splitlines() if name in line)
+    assert row[-1] == "guest-panic"
 
 
 # A VM's life
@@ -284,6 +310,66 @@ async def test_wait_lasts_until_death(
         await bus.vm(path, "Stop", "t", 0)
         assert waiting.status() == 0
         assert waiting.rest(waiting.stdout) == "stopped (0)\n"
+
+
+async def test_wait_until_ready(service: Service, bus: Client, tmp_path: Path, name: str) -> None:
+    """It waits until the guest says so, and no longer for one that has said so."""
+    path = await bus.create(kernel=guest(tmp_path, relay=True), name=name)
+    with Running(service.rig, "wait", "--ready", name) as waiting:
+        assert waiting.goes_on()
+        await bus.vm(path, "Start")
+        (keys,) = await bus.vm(path, "OpenConsole")
+        with socket.socket(fileno=keys) as console:
+            console.sendall(b"READY=1\n")
+            assert await asyncio.to_thread(waiting.status) == 0
+        assert waiting.rest(waiting.stdout) == "ready\n"
+    told = vmbusctl(service.rig, "wait", "--ready", "--json", name).stdout
+    assert json.loads(told) == {"name": name, "ready": True}
+    await bus.vm(path, "Kill")
+
+
+@pytest.mark.parametrize("waits_before", [True, False])
+@pytest.mark.parametrize(
+    ("directives", "line", "code"),
+    [
+        ({"then": {"exit": 0}}, "shutdown (0)", 1),
+        ({"then": {"exit": 34}}, "guest-panic (34)", 11),
+    ],
+)
+async def test_death_before_ready_is_a_failure(
+    service: Service,
+    bus: Client,
+    tmp_path: Path,
+    name: str,
+    directives: dict[str, Any],
+    line: str,
+    code: int,
+    waits_before: bool,
+) -> None:
+    """However it came about, and whether it is waited for or is over already."""
+    path = await bus.create(kernel=guest(tmp_path, **directives), name=name)
+    if not waits_before:
+        await bus.vm(path, "Start")
+        await bus.died(path)
+    with Running(service.rig, "wait", "--ready", name) as waiting:
+        if waits_before:
+            assert waiting.goes_on()
+            await bus.vm(path, "Start")
+        assert await asyncio.to_thread(waiting.status) == code
+        assert waiting.rest(waiting.stdout) == f"{line}\n"
+
+
+async def test_wait_until_ready_for_a_vm_that_is_removed(
+    service: Service, bus: Client, tmp_path: Path, name: str
+) -> None:
+    path = await bus.create(kernel=guest(tmp_path), name=name)
+    with Running(service.rig, "wait", "--ready", name) as waiting:
+        assert waiting.goes_on()
+        await bus.vm(path, "Remove")
+        assert waiting.status() == 1
+        # One that has only now begun to look finds none.
+        said = waiting.rest(waiting.stderr)
+        assert "was removed before it was started" in said or "there is no VM" in said
 
 
 # run

@@ -13,11 +13,14 @@ import pytest
 from tests.rig import ROOT
 from tests.system.machine import CannotBoot, Machine, booted
 
-#: alice may create VMs. Who isn't named needs a password, and has no agent to be asked by.
+#: alice may create VMs, and carol by her own password. Who isn't named needs an administrator's.
 RULES = """
 polkit.addRule(function(action, subject) {
     if (action.id == "org.vmbus1.create" && subject.user == "alice") {
         return polkit.Result.YES;
+    }
+    if (action.id == "org.vmbus1.create" && subject.user == "carol") {
+        return polkit.Result.AUTH_SELF;
     }
 });
 """

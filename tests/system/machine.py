@@ -31,23 +31,36 @@ class Program:
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self._heard = b""
 
-    def until(self, wanted: str) -> str:
-        """All that it has said, once that is among it."""
+    def type(self, text: str) -> None:
+        """Have it read this."""
+        assert self._process.stdin is not None
+        os.write(self._process.stdin.fileno(), text.encode())
+
+    def until(self, wanted: str, after: str = "") -> str:
+        """All that it has said, once that is among it, behind where `after` ends."""
         assert self._process.stdout is not None
         stdout = self._process.stdout.fileno()
-        while wanted.encode() not in self._heard:
+        while wanted.encode() not in self._heard[len(after.encode()) :]:
             ready, _, _ = select.select([stdout], [], [], LONG)
             data = os.read(stdout, 65536) if ready else b""
             assert data, f"no {wanted!r} in {self._heard!r}"
             self._heard += data
         return self._heard.decode()
+
+    def answer(self, prompt: str, text: str) -> None:
+        """Type a line at a prompt that hides it; what is still shown is dropped with the hiding."""
+        seen, shown = self.until(prompt), True
+        while shown:
+            self.type(f"{text}\n")
+            before, seen = seen, self.until("\n", after=seen)
+            shown = text in seen.removeprefix(before)
 
     def ends(self) -> None:
         """Wait for its end."""
@@ -55,7 +68,9 @@ class Program:
 
     def close(self) -> None:
         assert self._process.stdout is not None
+        assert self._process.stdin is not None
         self._process.stdout.close()
+        self._process.stdin.close()
         # nsenter has a child for it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -124,18 +139,21 @@ class Machine:
         self, *argv: str, user: str | None = None, stdin: str = "", deadline: float = DEADLINE
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in the container to its end: root's as it is, a user's as a unit."""
-        enter = self._enter
-        if user is not None:
-            # By systemd, so that it is in a cgroup of its own and has nothing of ours.
-            enter += ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--uid={user}"]
         return subprocess.run(
-            [*enter, *argv],
+            [*self._enter, *self._as(user), *argv],
             input=stdin,
             capture_output=True,
             text=True,
             timeout=deadline,
             check=False,
         )
+
+    @staticmethod
+    def _as(user: str | None) -> list[str]:
+        if user is None:
+            return []
+        # By systemd, so that it is in a cgroup of its own and has nothing of ours.
+        return ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--uid={user}"]
 
     def run(self, *argv: str, **options: object) -> str:
         """The output of a program that succeeds."""
@@ -147,6 +165,14 @@ class Machine:
     def program(self, *argv: str) -> Iterator[Program]:
         """A program of root's that goes on in the container, until it is no longer listened to."""
         with contextlib.closing(Program([*self._enter, *argv])) as program:
+            yield program
+
+    @contextlib.contextmanager
+    def at_terminal(self, script: str, *, user: str) -> Iterator[Program]:
+        """A shell's script with a terminal of its own, in a session of the user's."""
+        session = [*self._as(user), "--property=PAMName=login"]
+        spawn = "import pty, sys; pty.spawn(['sh', '-c', sys.argv[1]])"
+        with self.program(*session, "python3", "-c", spawn, script) as program:
             yield program
 
     def write(self, path: str, text: str) -> None:

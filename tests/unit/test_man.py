@@ -15,6 +15,7 @@ import pytest
 from tests.contract import documented
 from tests.rig import ROOT
 from vmbus import errors
+from vmbus.cli import exits
 from vmbus.cli.main import cli
 from vmbus.daemon import main
 from vmbus.settings import LimitSettings, Settings
@@ -134,6 +135,16 @@ def test_every_command_and_option_is_explained() -> None:
             if isinstance(parameter, click.Option) and not shared & set(parameter.opts):
                 assert f"{parameter.opts[-1]} " in section
                 assert " ".join(str(parameter.help).split()) in section
+
+
+def test_every_exit_status_is_explained() -> None:
+    """vmbusctl(1) has those by reason, as the help has them, and all others."""
+    shown = rendered("vmbusctl.1")
+    for line in exits.table().splitlines():
+        assert shown.count(line.strip()) == 2  # at run and at wait
+    said = shown[shown.index("EXIT STATUS") :]
+    for status in (exits.FAILED, exits.MISUSED, exits.BY_SIGNAL):
+        assert f" {status} " in said
 
 
 def test_every_option_of_the_service_is_explained() -> None:

@@ -1,4 +1,4 @@
-"""The commands of a VM's life: create, start, suspend, resume, stop, kill, remove; and wait."""
+"""The commands of a VM's life: create, start, suspend, resume, stop, kill, remove."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from ..client import VM, VMBus
-from . import exits
-from .common import Options, command, connect, name_argument, names_argument, progress, say
+from .common import Options, command, connect, find, names_argument, progress, say
+from .exits import FAILED
 from .failures import EXPECTED, Failure, explain
 from .spec import Wanted, config_options
 from .text import clean, print_json
@@ -56,7 +56,10 @@ async def stop(options: Options, names: tuple[str, ...], timeout: float | None) 
 @command(name="shutdown-all")
 @timeout_option
 async def shutdown_all(options: Options, timeout: float | None) -> None:
-    """Stop all VMs in good order, whoever created them, as for a shutdown of the host."""
+    """Stop all VMs, whoever created them.
+
+    In good order, as for a shutdown of the host.
+    """
     async with connect(options) as bus:
         with progress("Stopping all VMs"):
             await bus.stop_all(timeout)
@@ -90,19 +93,6 @@ async def remove(options: Options, names: tuple[str, ...]) -> int:
     return await _for_each(options, names, "Removing", VM.remove)
 
 
-@command(epilog="\b\n" + exits.table())
-@name_argument
-async def wait(options: Options, name: str) -> int:
-    """Wait until a VM has died, and print why."""
-    async with connect(options) as bus:
-        death = await (await bus.vm(name)).wait()
-    if options.json:
-        print_json({"name": name, "reason": death.reason, "status": death.status})
-    else:
-        click.echo(clean(f"{death.reason} ({death.status})"))
-    return exits.exit_status(death.reason)
-
-
 async def _for_each(
     options: Options, names: Sequence[str], doing: str, act: Callable[[VM], Awaitable[None]]
 ) -> int:
@@ -115,14 +105,14 @@ async def _for_each(
         say(failure.line())
     if options.json:
         print_json([_result(*each) for each in zip(names, results, strict=True)])
-    return exits.FAILED if any(results) else 0
+    return FAILED if any(results) else 0
 
 
 async def _one(
     options: Options, bus: VMBus, name: str, act: Callable[[VM], Awaitable[None]]
 ) -> Failure | None:
     try:
-        await act(await bus.vm(name))
+        await act(await find(bus, name))
     except EXPECTED as error:
         return explain(name, error, user=options.user)
     return None
@@ -132,4 +122,4 @@ def _result(name: str, failure: Failure | None) -> dict[str, Any]:
     return {"name": name, "ok": failure is None, "error": failure and failure.reason}
 
 
-COMMANDS = (create, start, suspend, resume, stop, kill, remove, wait, shutdown_all)
+COMMANDS = (create, start, suspend, resume, stop, kill, remove, shutdown_all)

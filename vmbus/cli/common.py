@@ -15,8 +15,8 @@ from typing import Any, Concatenate
 import click
 from click.shell_completion import CompletionItem
 
-from ..client import VMBus
-from . import exits
+from ..client import VM, VMBus
+from . import agent, exits
 from .failures import EXPECTED, explain, no_bus
 
 _COMPLETION_TIMEOUT = 1.0
@@ -31,6 +31,14 @@ class Options:
     user: bool = False
     json: bool = False
     legend: bool = True
+    ask_password: bool = True
+    #: Another machine, on which all of it is to be done.
+    host: str = ""
+
+    def given(self) -> list[str]:
+        """The flags that were given, as arguments."""
+        before = Options()
+        return [flag for flag, field, _ in _FLAGS if getattr(self, field) != getattr(before, field)]
 
 
 class Ended(Exception):
@@ -44,13 +52,17 @@ class Ended(Exception):
 Action = Callable[Concatenate[Options, ...], Coroutine[Any, Any, int | None]]
 
 
+_FLAGS = (
+    ("--user", "user", "Talk to the service on the session bus, not on the system bus."),
+    ("--json", "json", "Print JSON."),
+    ("--no-legend", "legend", "No header above tables."),
+    ("--no-ask-password", "ask_password", "Let nobody be asked for a password."),
+)
+
+
 def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the global options to a command, or to the group of them."""
-    for flag, field, help in (
-        ("--no-legend", "legend", "No header above tables."),
-        ("--json", "json", "Print JSON."),
-        ("--user", "user", "Talk to the service on the session bus, not on the system bus."),
-    ):
+    for flag, field, help in reversed(_FLAGS):
         function = click.option(
             flag, is_flag=True, expose_value=False, callback=_store(field), help=help
         )(function)
@@ -61,7 +73,7 @@ def _store(field: str) -> Callable[[click.Context, click.Parameter, bool], None]
     def store(context: click.Context, _: click.Parameter, given: bool) -> None:
         options = context.ensure_object(Options)
         if given:
-            setattr(options, field, field != "legend")
+            setattr(options, field, not getattr(Options, field))
 
     return store
 
@@ -121,16 +133,27 @@ def hear_signals(handler: Callable[[int], None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def connect(options: Options) -> AsyncIterator[VMBus]:
-    """The service. Whoever sits at a terminal may be asked for a password."""
+async def connect(options: Options, *, asks: bool = True) -> AsyncIterator[VMBus]:
+    """The service. asks: whether whoever sits at a terminal may be asked for a password."""
+    interactive = asks and options.ask_password and not options.user and agent.is_needed()
     async with contextlib.AsyncExitStack() as stack:
+        if interactive:
+            await stack.enter_async_context(agent.text_agent())
         try:
-            connecting = VMBus.connect(user=options.user, interactive=os.isatty(0))
+            connecting = VMBus.connect(user=options.user, interactive=interactive)
             bus = await stack.enter_async_context(connecting)
         except OSError as error:
             what = str(click.get_current_context().info_name)
             raise no_bus(what, error, user=options.user) from error
         yield bus
+
+
+async def find(bus: VMBus, which: str) -> VM:
+    """The VM with that name, id, object path, or "cid:N". Raises NoSuchVM."""
+    kind, _, cid = which.partition(":")
+    if kind == "cid" and cid.isascii() and cid.isdigit() and int(cid) < 1 << 32:
+        return await bus.vm_by_cid(int(cid))
+    return await bus.vm(which)
 
 
 def say(text: str) -> None:
@@ -155,9 +178,11 @@ def complete_names(
     context: click.Context, _: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The names of VMs that begin so. Never starts the service, never complains."""
-    user = context.ensure_object(Options).user
+    options = context.ensure_object(Options)
+    if options.host:
+        return []
     try:
-        names = asyncio.run(_names(user=user))
+        names = asyncio.run(_names(user=options.user))
     except Exception:
         return []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]

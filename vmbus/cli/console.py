@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from . import terminal
 from .comeback import comeback, console_again
-from .common import Options, command, connect, name_argument, say
+from .common import Options, command, connect, find, name_argument, say
 from .terminal import Screen, in_foreground, raw, takes_keys
 from .text import clean
 
@@ -108,7 +108,7 @@ async def console(options: Options, name: str) -> None:
     When the service is restarted meanwhile, the console is joined again.
     """
     async with connect(options) as bus, comeback(bus, name) as service:
-        vm = await bus.vm(name)
+        vm = await find(bus, name)
         joint = Joint(await vm.open_console(), lambda: console_again(vm, service))
         if takes_keys():
             say(f"vmbusctl: {clean(name)}: the console; ^] leaves it")

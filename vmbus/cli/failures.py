@@ -10,15 +10,30 @@ from .text import clean
 _STANDARD = "org.freedesktop.DBus.Error."
 _NOT_RUNNING = ("ServiceUnknown", "NameHasNoOwner", "Spawn.")
 
-#: The next step; `what` is here the NAME that the command was for.
+_VERSIONS = 'compare "vmbusctl --version" to "vmbusctl status"'
+#: The next step; `what` is here the NAME that the command was for, or the command.
 _HINTS: dict[type[Exception], str] = {
-    errors.NoSuchVM: 'see "vmbusctl list"',
-    errors.UnknownObject: 'see "vmbusctl list"',
+    errors.VMBusError: "see the service's log",
+    errors.InvalidConfig: 'see "vmbusctl create --help"',
     errors.InvalidState: 'see "vmbusctl status {what}"',
-    errors.StartFailed: 'see "vmbusctl logs {what}"',
+    errors.NoSuchVM: 'see "vmbusctl list"',
     errors.NameExists: 'choose another name, or see "vmbusctl remove"',
+    errors.StartFailed: 'see "vmbusctl logs {what}"',
+    errors.LimitExceeded: 'see "vmbusctl remove", or have the limit raised in vmbusd.toml',
+    errors.NotSupported: 'see "vmbusctl create --help" for --vmm and what a VM is made with',
+    errors.VMMUnavailable: 'see "vmbusctl status" for those that there are',
+    errors.ControlFailed: 'see "vmbusctl status {what}"',
+    errors.TimedOut: 'try it again, or see "vmbusctl kill"',
     errors.AccessDenied: "try it as the user who created the VM, or as root",
     errors.InteractiveAuthorizationRequired: "try it in a terminal, or as root",
+    errors.InvalidArgs: 'see "vmbusctl --help"',
+    errors.UnknownObject: 'see "vmbusctl list"',
+    errors.UnknownInterface: _VERSIONS,
+    errors.UnknownMethod: _VERSIONS,
+    errors.UnknownProperty: _VERSIONS,
+    errors.PropertyReadOnly: _VERSIONS,
+    TimeoutError: "try it again, or see the service's log",
+    EventsLost: "try it again",
 }
 
 
@@ -71,10 +86,12 @@ def _remote(what: str, error: RemoteError, *, user: bool) -> Failure:
         start = "vmbusd --user" if user else "systemctl start vmbusd"
         return Failure(what, "the service is not running", f'start it with "{start}"')
     if short == "NoReply":
-        return Failure(what, "the service went away before it answered")
-    return Failure(what, error.text or error.name)
+        return Failure(what, "the service went away before it answered", "try it again")
+    return Failure(what, error.text or error.name, _HINTS[errors.VMBusError])
 
 
 def _system(what: str, error: OSError) -> Failure:
     reason = error.strerror or str(error)
+    if isinstance(error, ConnectionError):
+        return Failure(what, reason, _HINTS[EventsLost])
     return Failure(what, f"{error.filename}: {reason}" if error.filename else reason)

@@ -13,7 +13,7 @@ import click
 from ..client import VM
 from ..errors import InvalidState
 from .comeback import GONE, Comeback, comeback, console_again
-from .common import Options, command, connect, name_argument, say
+from .common import Options, command, connect, find, name_argument, say
 from .tame import AsIs, Lines, Printer, Tame
 from .terminal import STDOUT, write
 from .text import clean
@@ -30,14 +30,15 @@ _TRIES = 100
 @click.option("-n", "--lines", type=click.IntRange(min=0), metavar="N", help="Only the last N.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is printed, until it ends.")
 async def logs(options: Options, name: str, lines: int | None, follow: bool) -> None:
-    """Print what the console of a VM has printed, also after its death.
+    """Print what a VM's console has printed.
 
-    At a terminal colours are shown, and whatever else would steer it is written out. Otherwise it
-    is printed byte by byte as the guest did, or with --json as a document for every line.
+    Also after its death. At a terminal colours are shown, and whatever else would steer it is
+    written out. Otherwise it is printed byte by byte as the guest did, or with --json as a document
+    for every line.
     """
     printer = Lines() if options.json else Tame() if os.isatty(STDOUT) else AsIs()
     async with connect(options) as bus, comeback(bus, name) as service:
-        vm = await bus.vm(name)
+        vm = await find(bus, name)
         if follow:
             await _Follower(vm, service, printer).follow(lines)
         else:

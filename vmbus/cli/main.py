@@ -10,17 +10,45 @@ import sys
 import click
 
 from .. import __version__
-from . import act, console, exits, logs, run, show, tune
-from .common import Ended, global_options, say
+from . import act, console, exits, logs, monitor, remote, run, show, tune, vsock, wait
+from .common import Ended, Options, global_options, say
 from .failures import Failure
 from .text import clean
 
 
+class _Commands(click.Group):
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See click.Group; what is for another machine is taken apart there."""
+        options = context.ensure_object(Options)
+        if options.host and not context.resilient_parsing:
+            remote.run_on(options.host, [*options.given(), *args])
+        return super().resolve_command(context, args)
+
+
+def _store_host(context: click.Context, parameter: click.Parameter, host: str | None) -> None:
+    if host is not None:
+        if not host or host.startswith("-"):
+            raise click.BadParameter(f"{host!r} is not [USER@]HOST", context, parameter)
+        context.ensure_object(Options).host = host
+
+
 @click.group(
     name="vmbusctl",
+    cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="NAME is the name of a VM, its id, or its object path.",
+    epilog="NAME is the name of a VM, its id, its object path, or cid:N by its vsock.",
+)
+@click.option(
+    "-H",
+    "--host",
+    metavar="[USER@]HOST",
+    expose_value=False,
+    callback=_store_host,
+    help="Run the command on another machine, by ssh: files that it names are that machine's. "
+    "Stands before the command.",
 )
 @global_options
 @click.version_option(__version__)
@@ -32,7 +60,7 @@ def cli(context: click.Context) -> None:
         context.exit(exits.MISUSED)
 
 
-for _module in (show, act, run, console, logs, tune):
+for _module in (show, monitor, act, run, wait, console, logs, vsock, tune):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -1,58 +1,69 @@
-"""The commands that look: list, status, monitor."""
+"""The commands that look: list and status."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import time
 from dataclasses import asdict, replace
-from typing import Any
 
 import click
 
-from ..events import Added, Changed, Died, Event, Removed, ServiceChanged, Snapshot
-from .common import Options, command, connect, name_argument
+from ..client import About
+from ..events import Snapshot
+from .common import Options, command, complete_names, connect, find
 from .size import size_text
-from .text import ago, clean, moment, print_json, print_json_line, print_table, user_name
+from .text import ago, clean, moment, print_json, print_table, user_name
 
-_HEADER = ("ID", "NAME", "STATE", "VMM", "CID", "MEMORY", "CPUS", "USER")
+HEADER = ("ID", "NAME", "STATE", "VMM", "CID", "MEMORY", "CPUS", "USER", "REASON")
 
 
 @command(name="list")
 async def list_command(options: Options) -> None:
     """Show all VMs."""
-    async with connect(options) as bus:
+    async with connect(options, asks=False) as bus:
         vms = await bus.vms()
     if options.json:
         print_json([asdict(vm) for vm in vms])
     else:
-        print_table(_HEADER, [_row(vm) for vm in vms], legend=options.legend)
+        print_table(HEADER, [row(vm) for vm in vms], legend=options.legend)
 
 
-def _row(vm: Snapshot) -> list[str]:
+def row(vm: Snapshot) -> list[str]:
+    """A VM's line of the table; no cell is empty."""
     user = user_name(vm.requester_uid)
     numbers = (str(vm.cid), f"{vm.memory_mib}MiB", str(vm.cpus))
-    return [str(vm.id), vm.name, vm.state, vm.vmm, *numbers, user]
+    return [str(vm.id), vm.name, vm.state, vm.vmm, *numbers, user, vm.death_reason or "-"]
 
 
 @command()
-@name_argument
-async def status(options: Options, name: str) -> None:
-    """Show one VM in full."""
-    async with connect(options) as bus:
-        found = await bus.vm(name)
+@click.argument("name", required=False, shell_complete=complete_names)
+async def status(options: Options, name: str | None) -> None:
+    """Show one VM in full, or without NAME the service."""
+    async with connect(options, asks=False) as bus:
+        if name is None:
+            about = await bus.about()
+            _show(options, about, "vmbus", _about(about))
+            return
+        found = await find(bus, name)
         vm = await found.properties()
         if vm.pid:
             vm = replace(vm, memory_actual=await found.memory_actual())
+    _show(options, vm, f"VM {vm.id}: {vm.name}", _details(vm))
+
+
+def _show(
+    options: Options, what: Snapshot | About, title: str, lines: list[tuple[str, str]]
+) -> None:
     if options.json:
-        print_json(asdict(vm))
+        print_json(asdict(what))
         return
-    click.echo(f"VM {vm.id}: {clean(vm.name)}")
-    lines = _details(vm)
+    click.echo(clean(title))
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         click.echo(f"{label:>{width}}: {clean(value)}")
+
+
+def _about(about: About) -> list[tuple[str, str]]:
+    vmms = ", ".join(about.available_vmms) or "none, or not known yet"
+    return [("Version", about.version), ("VMMs", vmms), ("VMs", str(about.vm_count))]
 
 
 def _details(vm: Snapshot) -> list[tuple[str, str]]:
@@ -89,54 +100,4 @@ def _since(vm: Snapshot) -> int:
     return vm.started_timestamp if vm.state == "running" else 0
 
 
-@command()
-async def monitor(options: Options) -> None:
-    """Show what happens to VMs, as it happens, until ^C."""
-    async with connect(options) as bus, await bus.events() as events:
-        names = {vm.path: vm.name for vm in await bus.vms()} if await bus.running() else {}
-        # A signal is this command's ordinary end.
-        with contextlib.suppress(asyncio.CancelledError):
-            async for event in events:
-                _show_event(event, names, as_json=options.json)
-
-
-def _show_event(event: Event, names: dict[str, str], *, as_json: bool) -> None:
-    kind, details = _told(event, names)
-    path = getattr(event, "path", "")
-    name = names.get(path, path.rpartition("/")[2])
-    usec = time.time_ns() // 1000
-    if as_json:
-        about = {"name": name, "path": path} if path else {}
-        print_json_line({"time": usec, "event": kind, **about, **details})
-    else:
-        what = " ".join([kind, *(_pair(*each) for each in details.items())])
-        click.echo(f"{moment(usec)}  {clean(name or 'vmbus')}  {clean(what)}")
-    if isinstance(event, Removed):
-        names.pop(path, None)
-
-
-def _pair(key: str, value: Any) -> str:
-    if key.endswith("_timestamp"):
-        value = moment(value)
-    if isinstance(value, list):
-        value = ",".join(value)
-    return f"{key}={json.dumps(value) if ' ' in str(value) else value}"
-
-
-def _told(event: Event, names: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    match event:
-        case Added(path, vm):
-            names[path] = vm.name
-            return "added", {"id": vm.id, "cid": vm.cid, "state": vm.state}
-        case Changed(_, values, invalidated):
-            unknown = {"invalidated": sorted(invalidated)} if invalidated else {}
-            return "changed", {**values, **unknown}
-        case Died(_, cid, death):
-            return "died", {"cid": cid, "reason": death.reason, "status": death.status}
-        case Removed():
-            return "removed", {}
-        case ServiceChanged(running):
-            return "service", {"running": running}
-
-
-COMMANDS = (list_command, status, monitor)
+COMMANDS = (list_command, status)

@@ -7,12 +7,20 @@ import os
 import pwd
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-_STYLES = {"running": "green", "failed": "red", "dead": "dim", "suspended": "yellow"}
+from ..reasons import ORDERLY, Reason
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STATES = {"running": "green", "failed": "red", "dead": "dim", "suspended": "yellow"}
+_REASONS = {str(each): "dim" if each in ORDERLY else "red" for each in Reason}
+#: How what is in a column looks, by the column's name.
+_STYLES: dict[str, Mapping[str, str]] = {"STATE": _STATES, "REASON": _REASONS}
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -59,11 +67,13 @@ def print_json_line(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool) -> None:
-    """Print rows; the third column is a state. What isn't a terminal gets plain, whole columns."""
-    rows = [[clean(cell) for cell in row] for row in rows]
+    """Print rows, coloured at a terminal. What isn't a terminal gets plain, whole columns."""
     if os.isatty(1):
-        _print_rich(header, rows, legend=legend)
+        from rich.console import Console
+
+        Console().print(coloured_table(header, rows, legend=legend))
         return
+    rows = [[clean(cell) for cell in row] for row in rows]
     shown = [list(header), *rows] if legend else rows
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
@@ -71,8 +81,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, legend:
         click.echo(line.rstrip())
 
 
-def _print_rich(header: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool) -> None:
-    from rich.console import Console
+def coloured_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, legend: bool) -> Table:
+    """Rows for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -80,6 +90,7 @@ def _print_rich(header: Sequence[str], rows: Sequence[Sequence[str]], *, legend:
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        styles = ["", "", _STYLES.get(row[2], ""), *[""] * len(row)]
-        table.add_row(*map(Text, row, styles))
-    Console().print(table)
+        cells = zip(header, row, strict=True)
+        styles = [_STYLES.get(name, {}).get(cell, "") for name, cell in cells]
+        table.add_row(*map(Text, map(clean, row), styles))
+    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import Options, command, connect, name_argument
+from .common import Options, command, connect, find, name_argument
 from .size import parse_size, size_text
 from .text import print_json
 
@@ -13,12 +13,13 @@ from .text import print_json
 @name_argument
 @click.argument("size", type=parse_size, required=False)
 async def memory(options: Options, name: str, size: int | None) -> None:
-    """Print how much memory the guest of a VM has, or tell its balloon how much to leave it.
+    """Print how much memory a guest has, or set it.
 
-    SIZE is in bytes, or has a suffix: 512M, 2GiB. The guest takes its time to follow.
+    With SIZE its balloon is told how much to leave it; SIZE is in bytes, or has a suffix: 512M,
+    2GiB. The guest takes its time to follow.
     """
     async with connect(options) as bus:
-        vm = await bus.vm(name)
+        vm = await find(bus, name)
         if size is not None:
             await vm.set_memory_target(size)
         actual = await vm.memory_actual()
@@ -39,7 +40,7 @@ async def resize_disk(options: Options, name: str, index: int, size: int) -> Non
     SIZE is in bytes, or has a suffix: 512M, 2GiB.
     """
     async with connect(options) as bus:
-        await (await bus.vm(name)).resize_disk(index, size)
+        await (await find(bus, name)).resize_disk(index, size)
     if options.json:
         print_json({"name": name, "index": index, "size": size})
 
