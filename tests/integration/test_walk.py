@@ -88,6 +88,15 @@ class Listener(Client):
         super()._handle(message)
         self.news.set()
 
+    async def until_pid(self, path: str) -> None:
+        """Wait until a VM is said to have a process."""
+
+        def says_so(message: Message) -> bool:
+            changed = [each for each in plain(message.body) if isinstance(each, dict)]
+            return message.path == path and any(each.get("Pid") for each in changed)
+
+        await self.until(says_so)
+
 
 class Place:
     """A system bus with polkit and a service, users on it, and one who listens."""
@@ -365,6 +374,9 @@ class Walk:
     async def crash(self) -> None:
         """The service is killed, and started again."""
         listener = self.place.listener
+        for vm in {vm for world in self.worlds for vm in world.vms if vm.state == "starting"}:
+            # Until it has a process nothing of it outlives the service.
+            await listener.until_pid(self.paths[vm.key])
         # Whatever was told is known to have been told.
         await listener.call(MANAGER_PATH, PEER, "Ping")
         (name,) = await listener.connection.call_bus("GetNameOwner", "s", [BUS])
