@@ -114,9 +114,9 @@ def long_text(data: bytes) -> tuple[int, int] | None:
 
     Only a path can be as long as a whole message.
     """
-    source = _Source(data)
     at = FIXED_HEADER
     try:
+        source = _Source(data)
         while True:
             at += -at & 7
             signature, at = source.type_at(at + 1)
