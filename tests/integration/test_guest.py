@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import fcntl
 import os
 import signal
 import socket
-import struct
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.rig import ERROR, Client, Rig, Service, client, plain, refused
+from tests.taps import idle_tap, open_tap
 from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
 
@@ -433,25 +432,9 @@ async def test_a_read_only_share_needs_another_virtiofsd(boot: Any, tmp_path: Pa
     assert "read-only" in text[0]
 
 
-TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
-IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x2, 0x1000, 0x4000
-
-
-def _tap(name: str, *, persistent: bool = False) -> int:
-    """An open tap device, which goes with its descriptor unless it is persistent."""
-    fd = os.open("/dev/net/tun", os.O_RDWR)
-    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    if persistent:
-        fcntl.ioctl(fd, TUNSETPERSIST, 1)
-    return fd
-
-
 async def test_network_on_taps(boot: Any) -> None:
     """One tap by descriptor, one by name; the guest sees both, with the MACs it was given."""
-    by_fd, by_name = _tap("vmbus-test0"), _tap("vmbus-test1", persistent=True)
-    os.close(by_name)
-    try:
+    with open_tap("vmbus-test0") as by_fd, idle_tap("vmbus-test1"):
         guest = await boot(
             "cat /sys/class/net/eth*/address",
             fds=[by_fd],
@@ -464,11 +447,6 @@ async def test_network_on_taps(boot: Any) -> None:
         assert "52:54:00:00:00:01" in guest.text
         assert "52:54:00:00:00:0a" in guest.text
         assert await guest.dies() == ["shutdown", 0]
-    finally:
-        os.close(by_fd)
-        again = _tap("vmbus-test1")
-        fcntl.ioctl(again, TUNSETPERSIST, 0)
-        os.close(again)
 
 
 async def test_bios(bus: Client) -> None:
