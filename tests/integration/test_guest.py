@@ -449,13 +449,23 @@ async def test_network_on_taps(boot: Any) -> None:
         assert await guest.dies() == ["shutdown", 0]
 
 
-async def test_bios(bus: Client) -> None:
-    """A firmware that isn't Linux: QEMU's own, which finds nothing to boot."""
-    path = await bus.create(bios="/usr/share/seabios/bios-256k.bin", memory_mib=64)
+#: Prints what is behind it at the first serial port, and halts.
+_BOOT_SECTOR = bytes.fromhex("31c0 8ed8 be167c fc ac 84c0 7406 baf803 ee ebf5 f4 ebfd")
+
+
+async def test_a_firmware_boots_from_a_disk(bus: Client, tmp_path: Path) -> None:
+    """QEMU's own, and a disk with nothing but a boot sector."""
+    disk = tmp_path / "disk"
+    sector = (_BOOT_SECTOR + b"booted from a disk\n\0").ljust(510, b"\0") + b"\x55\xaa"
+    disk.write_bytes(sector.ljust(1 << 20, b"\0"))
+    bios = "/usr/share/seabios/bios-256k.bin"
+    path = await bus.create(bios=bios, memory_mib=64, disks=[{"image": str(disk)}])
+    (fd,) = await bus.vm(path, "OpenConsole")
+    guest = Guest(bus, path, socket.socket(fileno=fd))
     await bus.vm(path, "Start")
-    assert await bus.get(path, "State") == "running"
+    await guest.prints("booted from a disk\n")
     await bus.vm(path, "Kill")
-    assert (await bus.died(path))[1:] == ["killed", -9]
+    assert await guest.dies() == ["killed", -9]
 
 
 async def test_a_debugger(bus: Client, boot: Any) -> None:
