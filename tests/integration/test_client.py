@@ -384,6 +384,17 @@ _CALLS: list[tuple[str, Wrong, type[errors.VMBusError], str]] = [
         "open tap device",
     ),
     (
+        "parts",
+        lambda b, d: b.create(
+            kernel=guest(d),
+            disks=[{"writable": True}],  # type: ignore[typeddict-item]
+            net=[{"mac": "02:00:00:00:00:01"}],  # type: ignore[typeddict-item]
+            shared_dirs=[{"tag": "a"}],  # type: ignore[typeddict-item]
+        ),
+        errors.InvalidConfig,
+        r"disks\[0\]\.image: .*; net\[0\]\.tap: .*; shared_dirs\[0\]\.source: ",
+    ),
+    (
         "protected",
         lambda b, d: b.create(kernel=guest(d), protected=True),
         errors.NotSupported,
