@@ -172,6 +172,8 @@ def _make(kind: Type, order: str) -> _Read:
     return _text(order) if letter in "so" else _SIMPLE[letter]
 
 
+# One for all that read it: a signature may have hundreds.
+@functools.cache
 def _number(code: str, order: str) -> _Read:
     number = struct.Struct(order + code)
     unpack, size = number.unpack_from, number.size
@@ -188,6 +190,7 @@ def _boolean(source: _Source, at: int) -> tuple[bool, int]:
     return source.number(at) != 0, at + 4
 
 
+@functools.cache
 def _text(order: str) -> _Read:
     unpack = _UINT[order]
 
