@@ -322,7 +322,7 @@ class VM:
     async def remove(self) -> None:
         """Forget it. Raises InvalidState if it is running."""
         await self._call("Remove")
-        self._bus._listening.untold.discard(self.path)
+        self._bus._listening.told(self.path)
 
     async def open_console(self) -> socket.socket:
         """A stream joined to the guest's console, both ways. Raises InvalidState when it's dead."""

@@ -12,7 +12,17 @@ from .bus.contract import BUS_NAME, ROOT_PATH, VIRTUAL_MACHINE
 from .bus.wire import Flag, Kind, Message
 from .calls import close_all, refusal
 from .errors import VMBusError
-from .events import Death, Died, Event, Events, Removed, ServiceChanged, Snapshot, event_of
+from .events import (
+    MAX_EVENTS,
+    Death,
+    Died,
+    Event,
+    Events,
+    Removed,
+    ServiceChanged,
+    Snapshot,
+    event_of,
+)
 from .missed import Watch
 
 _OWNERS = (
@@ -36,8 +46,8 @@ class Listening:
         self._watch: Watch | None = None
         self._beginning = asyncio.Lock()
         self._deaths: dict[str, set[asyncio.Future[Death]]] = {}
-        #: VMs that were started here, and of whose death nobody here was told.
-        self.untold: set[str] = set()
+        #: The last VMs that were started here, and of whose death nobody here was told.
+        self._untold: dict[str, None] = {}
         self._closing = False
         connection.handler = self._on_message
         connection.closed.add_done_callback(lambda _: self._on_close())
@@ -90,20 +100,27 @@ class Listening:
         """A listener to deaths alone. past: it begins with those that nobody here was told of."""
         events = await self.events(with_service=False, kinds=(Died,))
         if past and self._watch is not None:
-            for death in self._watch.past_deaths(self.untold):
-                self.untold.discard(death.path)
+            for death in self._watch.past_deaths(self._untold):
+                self.told(death.path)
                 events.put(death)
         return events
 
     @contextlib.contextmanager
     def starting(self, path: str) -> Iterator[None]:
         """Start a VM within: its death is for those who listen, even if they come too late."""
-        self.untold.add(path)
+        self._untold[path] = None
+        if len(self._untold) > MAX_EVENTS:
+            # Who never listens would gather them without end.
+            del self._untold[next(iter(self._untold))]
         try:
             yield
         except VMBusError:
-            self.untold.discard(path)
+            self.told(path)
             raise
+
+    def told(self, path: str) -> None:
+        """Nobody needs to be told of that VM's death any more."""
+        self._untold.pop(path, None)
 
     async def _begin_watch(self) -> None:
         self._watch = Watch(self._known_to_service, self._tell, self._end)
@@ -139,7 +156,7 @@ class Listening:
         try:
             await self._connection.call_bus("AddMatch", "s", [rule])
             yield death
-            self.untold.discard(path)
+            self.told(path)
         finally:
             death.cancel()
             waiting.discard(death)
@@ -183,7 +200,7 @@ class Listening:
 
     def _tell(self, event: Event) -> None:
         if isinstance(event, Died | Removed):
-            self.untold.discard(event.path)
+            self.told(event.path)
         for events in self._events:
             events.put(event)
 

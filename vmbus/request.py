@@ -115,18 +115,29 @@ def _encoded(files: Files, key: str, value: Any) -> Any:
     return _variant(key, value)
 
 
+# What is missing is for the service to say, with all else that is wrong.
+
+
 def _disk(files: Files, disk: Disk) -> dict[str, Any]:
-    image = files.add(disk["image"], writable=disk.get("writable", False))
-    return {**_variants(disk), "image": image}
+    made = _variants(disk)
+    if "image" in disk:
+        made["image"] = files.add(disk["image"], writable=disk.get("writable", False))
+    return made
 
 
 def _net(files: Files, net: Net) -> dict[str, Any]:
-    tap = net["tap"]
-    return {**_variants(net), "tap": Variant("s", tap) if isinstance(tap, str) else files.add(tap)}
+    made = _variants(net)
+    if "tap" in net:
+        tap = net["tap"]
+        made["tap"] = Variant("s", tap) if isinstance(tap, str) else files.add(tap)
+    return made
 
 
 def _shared_dir(_: Files, shared: SharedDir) -> dict[str, Any]:
-    return {**_variants(shared), "source": Variant("s", str(Path(shared["source"]).absolute()))}
+    made = _variants(shared)
+    if "source" in shared:
+        made["source"] = Variant("s", str(Path(shared["source"]).absolute()))
+    return made
 
 
 _FILES = ("kernel", "initrd", "bios")

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from tests.contract import documented, types_of
 from tests.rig import CROSVM, DEADLINE, MANAGER, VM, Client, Rig, Service, guest, until_reaped
-from vmbus import __version__, errors, request, spec
+from vmbus import __version__, errors, listening, request, spec
 from vmbus.client import VM as ClientVM
 from vmbus.client import About, Deaths, Disk, ServiceGone, SharedDir, Snapshot, VMBus
 from vmbus.events import Added, Changed, Death, Died, Event, Events, Removed, ServiceChanged
@@ -384,6 +384,17 @@ _CALLS: list[tuple[str, Wrong, type[errors.VMBusError], str]] = [
         "open tap device",
     ),
     (
+        "parts",
+        lambda b, d: b.create(
+            kernel=guest(d),
+            disks=[{"writable": True}],  # type: ignore[typeddict-item]
+            net=[{"mac": "02:00:00:00:00:01"}],  # type: ignore[typeddict-item]
+            shared_dirs=[{"tag": "a"}],  # type: ignore[typeddict-item]
+        ),
+        errors.InvalidConfig,
+        r"disks\[0\]\.image: .*; net\[0\]\.tap: .*; shared_dirs\[0\]\.source: ",
+    ),
+    (
         "protected",
         lambda b, d: b.create(kernel=guest(d), protected=True),
         errors.NotSupported,
@@ -659,6 +670,22 @@ async def test_a_death_that_was_too_quick_for_the_loop(vmbus: VMBus, tmp_path: P
         last = await _running(vmbus, tmp_path, then={"exit": 32})
         async with asyncio.timeout(DEADLINE):
             assert (await anext(aiter(deaths))).path == last.path
+
+
+async def test_deaths_that_nobody_ever_asks_for_do_not_gather(
+    vmbus: VMBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that starts VMs and never listens remembers the last of them, as many as fit."""
+    monkeypatch.setattr(listening, "MAX_EVENTS", 2)
+    started = [await _running(vmbus, tmp_path) for _ in range(3)]
+    async with asyncio.timeout(DEADLINE):
+        for vm in started:
+            await vm.kill()
+        deaths = aiter(vmbus.deaths())
+        assert [(await anext(deaths)).path for _ in range(2)] == [vm.path for vm in started[1:]]
+        last = await _running(vmbus, tmp_path, then={"exit": 0})
+        assert (await anext(deaths)).path == last.path
+        await deaths.aclose()
 
 
 async def test_a_death_that_comes_while_listening_begins_is_told_once(

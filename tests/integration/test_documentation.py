@@ -28,6 +28,7 @@ from tests.polkit import polkit
 from tests.rig import CROSVM, DEADLINE, ROOT, Rig, Service, guest, running
 from tests.vmbusmock import data_directory
 from vmbus.cli.main import cli
+from vmbus.reasons import Reason
 from vmbus.settings import load_settings
 
 #: Stories without a service that was there before: their own, or a mock.
@@ -284,6 +285,14 @@ def test_an_error_that_is_explained_is_one_that_is_said() -> None:
     for line in lines:
         for piece in filter(None, map(str.strip, line.split("…"))):
             assert any(piece in text for text in _texts()), piece
+
+
+def test_every_reason_to_die_is_explained() -> None:
+    """docs/vmms.md says of each how it comes about."""
+    page = (ROOT / "docs" / "vmms.md").read_text()
+    _, _, table = page.partition("## Reasons")
+    table, _, _ = table.partition("\n## ")
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == set(Reason)
 
 
 @functools.cache

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import fcntl
 import os
 import signal
 import socket
-import struct
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.rig import ERROR, Client, Rig, Service, client, plain, refused
+from tests.taps import idle_tap, open_tap
 from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
 
@@ -433,25 +432,9 @@ async def test_a_read_only_share_needs_another_virtiofsd(boot: Any, tmp_path: Pa
     assert "read-only" in text[0]
 
 
-TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
-IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x2, 0x1000, 0x4000
-
-
-def _tap(name: str, *, persistent: bool = False) -> int:
-    """An open tap device, which goes with its descriptor unless it is persistent."""
-    fd = os.open("/dev/net/tun", os.O_RDWR)
-    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    if persistent:
-        fcntl.ioctl(fd, TUNSETPERSIST, 1)
-    return fd
-
-
 async def test_network_on_taps(boot: Any) -> None:
     """One tap by descriptor, one by name; the guest sees both, with the MACs it was given."""
-    by_fd, by_name = _tap("vmbus-test0"), _tap("vmbus-test1", persistent=True)
-    os.close(by_name)
-    try:
+    with open_tap("vmbus-test0") as by_fd, idle_tap("vmbus-test1"):
         guest = await boot(
             "cat /sys/class/net/eth*/address",
             fds=[by_fd],
@@ -464,20 +447,25 @@ async def test_network_on_taps(boot: Any) -> None:
         assert "52:54:00:00:00:01" in guest.text
         assert "52:54:00:00:00:0a" in guest.text
         assert await guest.dies() == ["shutdown", 0]
-    finally:
-        os.close(by_fd)
-        again = _tap("vmbus-test1")
-        fcntl.ioctl(again, TUNSETPERSIST, 0)
-        os.close(again)
 
 
-async def test_bios(bus: Client) -> None:
-    """A firmware that isn't Linux: QEMU's own, which finds nothing to boot."""
-    path = await bus.create(bios="/usr/share/seabios/bios-256k.bin", memory_mib=64)
+#: Prints what is behind it at the first serial port, and halts.
+_BOOT_SECTOR = bytes.fromhex("31c0 8ed8 be167c fc ac 84c0 7406 baf803 ee ebf5 f4 ebfd")
+
+
+async def test_a_firmware_boots_from_a_disk(bus: Client, tmp_path: Path) -> None:
+    """QEMU's own, and a disk with nothing but a boot sector."""
+    disk = tmp_path / "disk"
+    sector = (_BOOT_SECTOR + b"booted from a disk\n\0").ljust(510, b"\0") + b"\x55\xaa"
+    disk.write_bytes(sector.ljust(1 << 20, b"\0"))
+    bios = "/usr/share/seabios/bios-256k.bin"
+    path = await bus.create(bios=bios, memory_mib=64, disks=[{"image": str(disk)}])
+    (fd,) = await bus.vm(path, "OpenConsole")
+    guest = Guest(bus, path, socket.socket(fileno=fd))
     await bus.vm(path, "Start")
-    assert await bus.get(path, "State") == "running"
+    await guest.prints("booted from a disk\n")
     await bus.vm(path, "Kill")
-    assert (await bus.died(path))[1:] == ["killed", -9]
+    assert await guest.dies() == ["killed", -9]
 
 
 async def test_a_debugger(bus: Client, boot: Any) -> None:

@@ -620,6 +620,8 @@ async def vms_that_go_with_their_creator(hostile: Raw, others: Others) -> None:
             assert await outcomes(leaving, calls) == {ANSWERED: 100}
         assert await others.listener.get(MANAGER_PATH, "VMCount") == 102
     await until_gone(others.listener, leaving.name)
+    # What comes together with the news is answered before the VMs go.
+    await others.are_served()
     assert await others.listener.get(MANAGER_PATH, "VMCount") == 2
 
 

@@ -141,6 +141,23 @@ async def test_descriptors_that_nobody_waits_for_are_closed(bus: Bus) -> None:
     os.close(writing)
 
 
+async def test_a_call_that_ends_with_the_connection_says_so_in_words(bus: Bus) -> None:
+    """The kernel's error alone would not say what was reset."""
+    calling = bus.call()
+    await bus.receive()
+    another = bus.call()
+    async with asyncio.timeout(DEADLINE):
+        readable = asyncio.Event()
+        asyncio.get_running_loop().add_reader(bus.sock, readable.set)
+        await readable.wait()
+        asyncio.get_running_loop().remove_reader(bus.sock)
+    # What is unread when it is closed the other end is told of by an error.
+    bus.sock.close()
+    for each in (calling, another):
+        with pytest.raises(ConnectionResetError, match="the bus is lost: Connection reset by peer"):
+            await each
+
+
 async def test_calls_end_with_the_connection(bus: Bus) -> None:
     calling = bus.call()
     await bus.receive()

@@ -499,6 +499,37 @@ async def test_input_is_open_while_somebody_may_type(
     assert _ends(tmp_path / INPUT) == theirs
 
 
+async def test_who_comes_after_one_that_only_listened_has_left_can_type(
+    console: Console, guest: Guest
+) -> None:
+    """That the only reader is gone is noticed in the moment in which the next one comes."""
+    console.answered()
+    with console.attach() as listener:
+        listener.shutdown(socket.SHUT_WR)
+        await _all_read()
+    with console.attach() as reader:
+        reader.send(b"hello")
+        assert await guest.hear(5) == b"hello"
+
+
+async def test_reader_that_cannot_be_let_in_leaves_nothing_open(
+    console: Console, guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.answered()
+    theirs = _ends(tmp_path / INPUT)
+    left = asyncio.Event()
+
+    def out_of_them() -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socketpair", out_of_them)
+        with pytest.raises(OSError, match="Too many open files"):
+            console.attach(left.set)
+    assert left.is_set()
+    assert _ends(tmp_path / INPUT) == theirs
+
+
 async def test_what_is_typed_before_the_vmm_listens_is_kept_for_it(
     console: Console, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.taps import open_tap
 from vmbus.files import FilePolicy, Handle, OpenFile
 
 pytestmark = pytest.mark.usefixtures("files_closed")
@@ -344,3 +345,38 @@ def test_file_that_was_closed_was_held_all_the_same(policy: FilePolicy, images: 
 
 def test_name_of_a_tap_is_no_file_that_can_be_lost() -> None:
     OpenFile.lost(OpenFile(-1, "tap0", writable=True, size=0).facts()).check_open()
+
+
+VMBUS, ALICE, BOB = 64001, 64002, 64003
+
+
+@pytest.mark.parametrize(
+    ("service", "caller", "owner", "says"),
+    [
+        (VMBUS, 0, VMBUS, ""),
+        (VMBUS, VMBUS, VMBUS, ""),
+        (VMBUS, ALICE, VMBUS, f"is uid {VMBUS}; pass an open tap device"),
+        (VMBUS, ALICE, BOB, f"is uid {BOB}; pass an open tap device"),
+        (VMBUS, ALICE, ALICE, "the service may not open"),
+        (VMBUS, 0, ALICE, "the service may not open"),
+        (VMBUS, 0, None, "the service may not open"),
+    ],
+)
+def test_tap_that_is_named_is_the_callers_and_the_services_to_open(
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    service: int,
+    caller: int,
+    owner: int | None,
+    says: str,
+) -> None:
+    """The service opens it with its own rights, which are not lent to others; root may name any."""
+    name = f"vmbus{os.getpid()}"
+    policy = FilePolicy((images,), caller)
+    with open_tap(name, owner=owner):
+        monkeypatch.setattr(os, "getuid", lambda: service)
+        if says:
+            with pytest.raises(ValueError, match=says):
+                policy.open_tap(name)
+        else:
+            assert policy.open_tap(name).name == name

@@ -333,8 +333,10 @@ async def test_a_large_header_of_nothing_known_ends_the_stream(ends: Ends) -> No
     assert "header" in str(ends.closed[0])
 
 
-async def test_a_header_without_end_ends_the_stream(ends: Ends) -> None:
-    await ends.send(struct.pack("<BBBBIII", ord("l"), 1, 0, 1, 0, 1, 0xFFFFFFFF))
+@pytest.mark.parametrize("order", b"lBx")
+async def test_a_header_without_end_ends_the_stream(ends: Ends, order: int) -> None:
+    """Also where it doesn't say in which order its bytes are."""
+    await ends.send(struct.pack("<BBBBIII", order, 1, 0, 1, 0, 1, 0xFFFFFFFF))
     await ends.until(lambda: ends.closed)
     assert "header" in str(ends.closed[0])
 

@@ -214,7 +214,10 @@ class Connection:
     # The end
 
     def _on_close(self, error: Exception | None) -> None:
-        why = str(error) if error else "the connection to the bus is closed"
+        if isinstance(error, OSError) and error.strerror:
+            why = f"the connection to the bus is lost: {error.strerror}"
+        else:
+            why = str(error) if error else "the connection to the bus is closed"
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(ConnectionResetError(why))

@@ -132,6 +132,7 @@ def _writer(kind: Type) -> _Write:
     return _struct(tuple(map(_writer, inner))) if letter == "(" else _SIMPLE[letter]
 
 
+@functools.cache
 def _number(code: str) -> _Write:
     packer = struct.Struct("<" + code)
     pack, last = packer.pack, packer.size - 1

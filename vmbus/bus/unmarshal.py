@@ -8,6 +8,7 @@ IndexError or UnicodeDecodeError.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,9 +118,9 @@ def long_text(data: bytes) -> tuple[int, int] | None:
 
     Only a path can be as long as a whole message.
     """
-    source = _Source(data)
     at = FIXED_HEADER
     try:
+        source = _Source(data)
         while True:
             at += -at & 7
             signature, at, reader, _ = source.type_at(at + 1)
@@ -174,6 +175,8 @@ def _make(kind: Type, order: str) -> _Read:
     return _text(order) if letter in "so" else _SIMPLE[letter]
 
 
+# One for all that read it: a signature may have hundreds.
+@functools.cache
 def _number(code: str, order: str) -> _Read:
     number = struct.Struct(order + code)
     unpack, size = number.unpack_from, number.size
@@ -190,6 +193,7 @@ def _boolean(source: _Source, at: int) -> tuple[bool, int]:
     return source.number(at) != 0, at + 4
 
 
+@functools.cache
 def _text(order: str) -> _Read:
     unpack = _UINT[order]
 

@@ -12,12 +12,8 @@ from ..client import Config, Disk, Net, SharedDir
 from ..errors import InvalidConfig
 from .failures import Failure
 
-#: The arrays of tables: what a table has, and what it can't be without.
-_PARTS: Mapping[str, tuple[type, str]] = {
-    "disks": (Disk, "image"),
-    "net": (Net, "tap"),
-    "shared_dirs": (SharedDir, "source"),
-}
+#: The arrays of tables.
+_PARTS: Mapping[str, type] = {"disks": Disk, "net": Net, "shared_dirs": SharedDir}
 _PATHS = ("kernel", "initrd", "bios", "image", "source")
 
 
@@ -78,11 +74,7 @@ class Declaration:
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
             self._problems.append(f"{key}: must be an array of tables, each begun by [[{key}]]")
             return []
-        kind, needed = _PARTS[key]
-        for index, table in enumerate(value):
-            if needed not in table:
-                self._problems.append(f"{key}[{index}].{needed}: is required")
-        return [self._table(f"{key}[{i}].", each, kind) for i, each in enumerate(value)]
+        return [self._table(f"{key}[{i}].", each, _PARTS[key]) for i, each in enumerate(value)]
 
     def _value(self, place: str, key: str, value: object) -> object:
         # A number would be taken for a descriptor.

@@ -41,7 +41,7 @@ async def run(options: Options, **asked: Any) -> int:
     At a terminal all keys go to the guest, and ^] leaves the VM running by itself. Otherwise
     stdin is copied to the guest, and the VM ends with vmbusctl, even if that is killed.
 
-    SIGTERM stops the VM in good order, a second one kills it; so does SIGINT. When the service is
+    SIGTERM, SIGINT or SIGHUP stops the VM in good order, a second one kills it. When the service is
     restarted meanwhile, the VM is attended again.
 
     A service manager is told when the VM runs; or, if the guest has a time to get ready in, when it

@@ -149,17 +149,18 @@ class Console:
 
         closed: called when the stream has ended, or could not be made.
         """
-        try:
-            self._open_input()
-            ours, theirs = socket.socketpair()
-        except OSError:
-            closed()
-            raise
-        ours.setblocking(False)
         for reader in list(self._silent):
             # One that only listened and has left is noticed nowhere else while the guest is quiet.
             if _hung_up(reader):
                 self._detach(reader)
+        try:
+            self._open_input()
+            ours, theirs = socket.socketpair()
+        except OSError:
+            self._rest()
+            closed()
+            raise
+        ours.setblocking(False)
         self._readers.add(ours)
         self._closed[ours] = closed
         if not self._typed:
