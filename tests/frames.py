@@ -184,3 +184,5 @@ HUGE_CONFIGS: dict[str, dict[str, Any]] = {
         "disks": Var("aa{tv}", [{number: Var("d", 0.5)} for number in range(1000)])
     },
 }
+#: Those of them that have more variants than a call may.
+FULL_OF_VARIANTS = ("many keys", "structs")

@@ -399,6 +399,16 @@ def test_variants_of_many_types_are_refused() -> None:
         wire.decode(with_variants([f"a({each})" for each in pairs + [pair * 2 for pair in pairs]]))
 
 
+def test_a_call_is_not_full_of_variants() -> None:
+    """Each takes its time. What was asked for may have any number."""
+    body = frames.body_of("av", [[Var("y", 1)] * 2000])
+    names = [(1, "/a"), (2, "a.b"), (3, "M"), (8, "av")]
+    with pytest.raises(wire.TooMuch, match="at most 1024 variants"):
+        wire.decode(frames.frame(frames.CALL, names, body))
+    reply = wire.decode(frames.frame(2, [(5, 1), (8, "av")], body))
+    assert reply.body == [[wire.Variant("y", 1)] * 2000]
+
+
 @pytest.mark.parametrize("more", ["", "y" * 60, "y" * 240])
 def test_hostile_signatures_are_not_remembered_for_ever(more: str) -> None:
     letters = b"ybnqiuxt"

@@ -188,6 +188,9 @@ class Connection:
             return
         try:
             message = wire.decode(frame.data)
+        except wire.TooMuch as error:
+            self._refuse(frame, LimitExceeded(str(error)))
+            return
         except WireError as error:
             log.info("refused a message: %s", error)
             self._refuse(frame, InvalidArgs("the message can't be understood: it is not valid"))

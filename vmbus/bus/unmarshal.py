@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,15 @@ from .layout import (
 #: Bytes that the signatures of a message's variants may have, each counted once. A call needs some
 #: tens.
 _MAX_VARIETY = 1024
+#: Variants that a call may have, those of its header among them. One with a hundred disks has some
+#: four hundred; one that is full of them would hold everybody else up.
+_MAX_VARIANTS = 1024
+_CALL = 1
 _UNREADABLE = (LayoutError, struct.error, IndexError, UnicodeDecodeError)
+
+
+class TooMuch(LayoutError):
+    """A message that may well be valid, but would take too long to be read. Says what can be."""
 
 
 #: Reads a value that may begin at a place, or after its padding; gives it, and where it ends.
@@ -43,7 +52,7 @@ _Read = Callable[["_Source", int], tuple[Any, int]]
 class _Source:
     """The bytes of a message, and what its variants have been and may still be."""
 
-    __slots__ = ("_known", "_room", "data", "depth", "order")
+    __slots__ = ("_known", "_left", "_room", "data", "depth", "order")
 
     def __init__(self, data: bytes) -> None:
         if len(data) < FIXED_HEADER or data[0] not in b"lB":
@@ -53,6 +62,7 @@ class _Source:
         self.depth = 0
         self._known: dict[str, tuple[_Read, int]] = {}
         self._room = _MAX_VARIETY
+        self._left = _MAX_VARIANTS if data[1] == _CALL else sys.maxsize
 
     def number(self, at: int) -> int:
         """The u that is there, aligned."""
@@ -61,6 +71,9 @@ class _Source:
     def type_at(self, at: int) -> tuple[str, int, _Read, int]:
         """A variant's signature, where its value begins, what reads that, and how deep it is."""
         signature, at = _short_text(self, at)
+        self._left -= 1
+        if self._left < 0:
+            raise TooMuch(f"a call can have at most {_MAX_VARIANTS} variants")
         known = self._known.get(signature)
         if known is None:
             self._room -= len(signature)

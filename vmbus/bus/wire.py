@@ -66,6 +66,10 @@ class WireError(Exception):
     """A message that can't be encoded or decoded."""
 
 
+class TooMuch(WireError):
+    """A message that is not decoded for what there is in it. Says how much there can be."""
+
+
 @dataclass(slots=True)
 class Message:
     """One D-Bus message. `fds` are open descriptors; whoever holds the message owns them."""
@@ -89,6 +93,8 @@ def decode(frame: bytes) -> Message:
     """Decode one whole message, without its descriptors. Raises WireError."""
     try:
         fields, body = unmarshal.read(frame)
+    except unmarshal.TooMuch as error:
+        raise TooMuch(str(error)) from error
     except Exception as error:
         raise WireError(f"{type(error).__name__}: {error}") from error
     return Message(
