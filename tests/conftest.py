@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import polkit
 from tests.ctl import Ctl, vmbusctl
-from tests.rig import CROSVM, ROOT, Client, Rig, Service, client
+from tests.rig import CROSVM, ROOT, Client, Rig, Service, listening
 
 # Wherever the tests are run from.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / "build" / "hypothesis"))
@@ -57,8 +57,7 @@ def either_service(request: pytest.FixtureRequest) -> Iterator[Service]:
 @pytest.fixture
 async def bus(service: Service) -> AsyncIterator[Client]:
     """A client that has heard every signal since the test began."""
-    async with client(service.rig) as connected:
-        await connected.listen()
+    async with listening(service.rig) as connected:
         yield connected
 
 
@@ -80,8 +79,7 @@ def mortal(own_rig: Rig) -> Service:
 @pytest.fixture
 async def listener(mortal: Service) -> AsyncIterator[Client]:
     """A client that stays on the bus, whatever becomes of the service."""
-    async with client(mortal.rig) as connected:
-        await connected.listen()
+    async with listening(mortal.rig) as connected:
         yield connected
 
 

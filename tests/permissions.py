@@ -23,8 +23,8 @@ from tests.rig import (
     Client,
     Rig,
     Service,
-    client,
     guest,
+    listening,
     refused,
 )
 from tests.rig import (
@@ -184,8 +184,7 @@ def place(*, labels: bool = False) -> Iterator[Ruled]:
 @contextlib.asynccontextmanager
 async def observer(place: Place) -> AsyncIterator[Client]:
     """Root, who has heard every signal since, and cleans up in the end."""
-    async with client(place.rig) as root:
-        await root.listen()
+    async with listening(place.rig) as root:
         yield root
         await clean(root)
 

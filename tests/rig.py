@@ -452,6 +452,21 @@ async def client(rig: Rig) -> AsyncIterator[Client]:
 
 
 @contextlib.asynccontextmanager
+async def listening(rig: Rig) -> AsyncIterator[Client]:
+    """A client that hears every signal from now on."""
+    async with client(rig) as connected:
+        await connected.listen()
+        yield connected
+
+
+def end_group(process: subprocess.Popen[Any]) -> None:
+    """Kill a program that leads a session, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(DEADLINE)
+
+
+@contextlib.asynccontextmanager
 async def refused(name: str) -> AsyncIterator[list[str]]:
     """The calls within end in this error; gives its text."""
     texts: list[str] = []

@@ -44,6 +44,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    listening,
     plain,
     refused,
     until_entries,
@@ -82,8 +83,7 @@ on_either_library = pytest.mark.parametrize("own_service", LIBRARIES, indirect=T
 @pytest.fixture
 async def bus(either_service: Service) -> AsyncIterator[Client]:
     """A client that has heard every signal since the test began; afterwards no VM is left."""
-    async with client(either_service.rig) as connected:
-        await connected.listen()
+    async with listening(either_service.rig) as connected:
         yield connected
         await remove_all(connected)
 
@@ -929,8 +929,7 @@ def test_the_service_ends_with_its_bus(own_service: Service) -> None:
 async def test_told_to_end_it_answers_everybody_and_gives_its_name_back(
     own_service: Service, tmp_path: Path
 ) -> None:
-    async with client(own_service.rig) as bus:
-        await bus.listen()
+    async with listening(own_service.rig) as bus:
         await bus.listen("type='signal',member='NameOwnerChanged',arg0='org.vmbus1'")
         kernel = guest(tmp_path)
         running, idle = [await bus.create(kernel=kernel) for _ in range(2)]

@@ -17,8 +17,8 @@ from tests.rig import (
     Client,
     Rig,
     Service,
-    client,
     guest,
+    listening,
     plain,
     refused,
 )
@@ -153,8 +153,7 @@ async def impatient(tmp_path: Path) -> Any:
     rig = Rig(system=False)
     settings = {"crosvm": str(CROSVM), "kvm": "on", "control_timeout": 0.5, "start_timeout": 2.0}
     service = Service(rig, settings)
-    async with client(rig) as connected:
-        await connected.listen()
+    async with listening(rig) as connected:
         yield connected, service
     rig.close()
 

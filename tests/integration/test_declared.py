@@ -23,8 +23,8 @@ from tests.rig import (
     Client,
     Rig,
     Service,
-    client,
     guest,
+    listening,
     refused,
 )
 from vmbus.client import Config, Disk, Net, SharedDir
@@ -353,8 +353,7 @@ async def test_a_terminal_that_is_gone_stops_the_vm(
 async def test_a_restart_of_the_service_ends_neither(mortal: Service, tmp_path: Path) -> None:
     """The next service knows whose VM it is: it lives as long as its vmbusctl, and no longer."""
     declaration = declare(tmp_path, 'kernel = "kernel"')
-    async with client(mortal.rig) as bus:
-        await bus.listen()
+    async with listening(mortal.rig) as bus:
         with Running(mortal.rig, "run", "--config", str(declaration)) as run:
             run.type(b"typed\n")
             run.until(run.stdout, b"typed\n")

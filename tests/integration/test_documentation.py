@@ -25,7 +25,7 @@ import pytest
 
 from tests.pages import PAGES, Block, all_blocks, is_as_shown, printed
 from tests.polkit import polkit
-from tests.rig import CROSVM, DEADLINE, ROOT, Rig, Service, guest, running
+from tests.rig import CROSVM, DEADLINE, ROOT, Rig, Service, end_group, guest, running
 from tests.vmbusmock import data_directory
 from vmbus.cli.main import cli
 from vmbus.reasons import Reason
@@ -128,9 +128,7 @@ class Story:
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_group(process)
         said = self._log.read_text("utf-8", "replace").split(_MARK)[1:]
         last = self._told[len(said) - 1]
         assert status == 0, f"{last}: status {status}, having said: {said[-1]}"

@@ -13,7 +13,19 @@ from typing import IO
 
 import pytest
 
-from tests.rig import DEADLINE, ROOT, VM, Client, Rig, Service, client, guest, plain, until_reaped
+from tests.rig import (
+    DEADLINE,
+    ROOT,
+    VM,
+    Client,
+    Rig,
+    Service,
+    client,
+    end_group,
+    guest,
+    plain,
+    until_reaped,
+)
 from tests.vmbusmock import MOCK, control, data_directory, mock
 
 EXAMPLES = ROOT / "examples"
@@ -35,9 +47,7 @@ def _runs(rig: Rig, *argv: str | Path) -> Iterator[IO[str]]:
     try:
         yield process.stdout
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+        end_group(process)
         process.stdout.close()
 
 

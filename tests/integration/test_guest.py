@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.rig import ERROR, Client, Rig, Service, client, plain, refused
+from tests.rig import ERROR, Client, Rig, Service, listening, plain, refused
 from tests.taps import idle_tap, open_tap
 from vmbus.bus.connection import RemoteError
 from vmbus.bus.wire import Variant
@@ -217,8 +217,7 @@ async def microvms(guest_files: tuple[Path, Path]) -> AsyncIterator[Client]:
     """A client of a service that has QEMU emulate its smallest machine."""
     rig = Rig(system=False)
     Service(rig, {"crosvm": "/none", "qemu_machine": "microvm"})
-    async with client(rig) as connected:
-        await connected.listen()
+    async with listening(rig) as connected:
         yield connected
     rig.close()
 

@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from tests.rig import CROSVM, DEADLINE, Client, Rig, Service, client, guest, kernel_version
+from tests.rig import (
+    CROSVM,
+    DEADLINE,
+    Client,
+    Rig,
+    Service,
+    guest,
+    kernel_version,
+    listening,
+)
 from vmbus.bus.wire import Variant
 
 
@@ -76,8 +85,7 @@ def kept(rig: Rig, keeper: Keeper) -> Iterator[Service]:
 
 @pytest.fixture
 async def listener(kept: Service) -> AsyncIterator[Client]:
-    async with client(kept.rig) as connected:
-        await connected.listen()
+    async with listening(kept.rig) as connected:
         yield connected
 
 

@@ -27,6 +27,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    listening,
     plain,
     refused,
 )
@@ -472,8 +473,7 @@ async def test_a_service_that_ends_answers_who_waits_and_leaves_its_vms(tmp_path
     rig = Rig(system=False)
     try:
         ending = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"})
-        async with client(rig) as caller:
-            await caller.listen()
+        async with listening(rig) as caller:
             deaf = guest(tmp_path, on={"Powerbtn": {"ignore": True}, "Exit": {"silent": True}})
             paths = [await caller.run(kernel) for kernel in (guest(tmp_path), deaf)]
             pids = [await caller.get(path, "Pid") for path in paths]

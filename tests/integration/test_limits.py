@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 
 from tests.polkit import agent, caller, polkit
-from tests.rig import CROSVM, ERROR, MANAGER_PATH, Client, Rig, Service, client, guest, refused
+from tests.rig import (
+    CROSVM,
+    ERROR,
+    MANAGER_PATH,
+    Client,
+    Rig,
+    Service,
+    client,
+    guest,
+    listening,
+    refused,
+)
 
 OWNER, GREEDY = 5, 6
 
@@ -29,8 +40,7 @@ async def tight() -> AsyncIterator[tuple[Client, Service]]:
         "files": {"per_user": 4, "in_all": 10},
     }
     service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on", "limits": limits})
-    async with client(rig) as connected:
-        await connected.listen()
+    async with listening(rig) as connected:
         yield connected, service
     rig.close()
 

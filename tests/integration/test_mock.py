@@ -33,6 +33,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    listening,
     plain,
     refused,
 )
@@ -54,8 +55,7 @@ Die = Callable[[ClientVM, str, int], Awaitable[None]]
 async def raw(own_rig: Rig) -> AsyncIterator[Client]:
     """A mock's caller, who hears all signals."""
     with mock(own_rig):
-        async with client(own_rig) as bus:
-            await bus.listen()
+        async with listening(own_rig) as bus:
             yield bus
 
 

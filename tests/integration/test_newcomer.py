@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import DEADLINE, ROOT
+from tests.rig import DEADLINE, ROOT, end_group
 
 USER = "nobody"
 GUIDE = ROOT / "docs" / "clients.md"
@@ -94,9 +93,7 @@ class Newcomer:
             try:
                 status = process.wait(deadline)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_group(process)
             output.seek(0)
             said = output.read()
         assert status == 0, said

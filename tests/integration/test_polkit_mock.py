@@ -26,7 +26,7 @@ from tests.permissions import (
     request_of,
 )
 from tests.polkit import Caller, Control, Mock, caller, mock
-from tests.rig import MANAGER, MANAGER_PATH, Client, Rig, Service, client, refused
+from tests.rig import MANAGER, MANAGER_PATH, Client, Rig, Service, client, listening, refused
 from vmbus.bus import authority
 from vmbus.bus.peers import Peers
 from vmbus.errors import AccessDenied
@@ -68,8 +68,7 @@ async def control(polkitd: Mock) -> AsyncIterator[Control]:
 
 @pytest.fixture
 async def root(here: Place, control: Control) -> AsyncIterator[Client]:
-    async with client(here.rig) as connected:
-        await connected.listen()
+    async with listening(here.rig) as connected:
         yield connected
 
 

@@ -31,6 +31,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    listening,
     refused,
     until_reaped,
 )
@@ -447,8 +448,7 @@ async def test_full_disk_is_told_and_harms_no_vm(
     """What can't be written down is not begun; what runs goes on, and its death is told once."""
     service, ballast = small_disk
     kernel = guest(tmp_path)
-    async with client(service.rig) as bus:
-        await bus.listen()
+    async with listening(service.rig) as bus:
         running, ready = await bus.run(kernel), await bus.create(kernel=kernel)
         dies, ends = await bus.run(kernel), await bus.run(kernel)
         _fill(ballast)
@@ -479,8 +479,7 @@ async def test_directory_that_cannot_be_written_to_is_told_and_harms_no_vm(tmp_p
     try:
         with polkit(rig), kernel.open("rb") as file:
             service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"}, user="vmbus")
-            async with client(rig) as bus:
-                await bus.listen()
+            async with listening(rig) as bus:
                 path = await bus.create(kernel=Variant("h", 0), fds=[file.fileno()])
                 await bus.vm(path, "Start")
                 vms = service.runtime / "vm"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.logind import Logind
 from tests.polkit import polkit
-from tests.rig import CROSVM, DEADLINE, ERROR, Rig, Service, client, guest, refused
+from tests.rig import CROSVM, DEADLINE, ERROR, Rig, Service, client, guest, listening, refused
 from vmbus.bus.wire import Variant
 
 
@@ -38,8 +38,7 @@ async def test_the_host_shuts_down_when_its_vms_have_ended(
     await logind.until(1)
     assert (await logind.locks())[0][:2] == ["shutdown", "vmbus"]
     assert (await logind.locks())[0][3] == "delay"
-    async with client(service.rig) as root:
-        await root.listen()
+    async with listening(service.rig) as root:
         fds = []
         paths = []
         for kernel in (
@@ -67,8 +66,7 @@ async def test_the_host_shuts_down_when_its_vms_have_ended(
 async def test_a_service_with_nothing_to_do_ends_by_itself(rig: Rig, tmp_path: Path) -> None:
     """Not while a VM runs; and what it knows is there again when somebody calls."""
     service = Service(rig, {"crosvm": str(CROSVM), "kvm": "on"}, options=["--exit-on-idle", "0.3"])
-    async with client(rig) as bus:
-        await bus.listen()
+    async with listening(rig) as bus:
         path = await bus.create(kernel=guest(tmp_path, then={"exit": 0, "after": 1.0}))
         await bus.vm(path, "Start")
         assert (await bus.died(path))[1] == "shutdown"

@@ -35,6 +35,7 @@ from tests.rig import (
     Service,
     client,
     guest,
+    listening,
     refused,
     vmbusd,
 )
@@ -57,8 +58,7 @@ def system_service(request: pytest.FixtureRequest) -> Iterator[Service]:
 @pytest.fixture
 async def root(system_service: Service) -> AsyncIterator[Client]:
     """A client of root's that has heard every signal since the test began."""
-    async with client(system_service.rig) as connected:
-        await connected.listen()
+    async with listening(system_service.rig) as connected:
         yield connected
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.rig import end_group
+
 CROSVM = Path(__file__).parents[1] / "fakes" / "crosvm"
 DEADLINE = 10.0
 LOG_LINE = re.compile(
@@ -63,9 +65,7 @@ class Vm:
     def close(self) -> None:
         for client in self.clients:
             client.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(DEADLINE)
+        end_group(self.process)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
