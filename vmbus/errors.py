@@ -61,7 +61,7 @@ class StartFailed(VMBusError):
 
 
 class LimitExceeded(VMBusError):
-    """The caller, or all callers together, have as much of something as the settings allow."""
+    """The caller, or all callers, have as much of something as they may; or a call is too large."""
 
     dbus_name = _OWN + "LimitExceeded"
 

@@ -34,8 +34,8 @@ from .layout import (
 #: Bytes that the signatures of a message's variants may have, each counted once. A call needs some
 #: tens.
 _MAX_VARIETY = 1024
-#: Variants that a call may have, those of its header among them. One with a hundred disks has some
-#: four hundred; one that is full of them would hold everybody else up.
+#: Variants that a call may have, those of its header among them. The fullest config has some 80;
+#: a call that is full of them would hold everybody else up.
 _MAX_VARIANTS = 1024
 _CALL = 1
 _UNREADABLE = (LayoutError, struct.error, IndexError, UnicodeDecodeError)
